@@ -1,0 +1,39 @@
+# One virtual environment for everything; `make demo`, `make test` and `make check` set it up by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo demo-compare test test-quick check format clean
+
+help:           ## what can be made
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) ## the virtual environment with pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,peft,dev]'
+	@touch $@
+
+demo: $(READY)  ## fine-tune a real model by DFT on this machine's CPU, in minutes
+	$(BIN)/dft demo --config configs/demo.yaml
+
+test: $(READY)  ## the whole test suite, with coverage
+	$(BIN)/python -m pytest --cov --cov-fail-under=90
+
+test-quick: $(READY) ## the tests that need neither the real model nor other processes
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(READY) ## lint, format and types, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:          ## remove caches and the virtual environment (runs/ is kept)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage *.egg-info

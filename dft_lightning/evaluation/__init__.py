@@ -1,0 +1,1 @@
+"""Generation, and grading of what was generated."""
