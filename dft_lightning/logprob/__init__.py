@@ -1,0 +1,7 @@
+"""From hidden states and the output head to log-probabilities, statistics and the weighted loss."""
+
+from dft_lightning.logprob.chunked import weighted_nll
+from dft_lightning.logprob.dense import dense_weighted_nll
+from dft_lightning.logprob.head import LogitTransform
+
+__all__ = ["LogitTransform", "dense_weighted_nll", "weighted_nll"]

@@ -1,0 +1,134 @@
+"""The one extension point: what each supervised token is worth.
+
+Shapes: N supervised tokens of a micro-batch (or of a chunk of it, for a weighting of `token` scope).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["token", "sequence", "step"]
+
+#: Statistics of the whole distribution that the loss head can compute beside log p.
+DISTRIBUTION_STATISTICS = frozenset({"entropy", "topk_entropy", "collision", "rank"})
+#: What a token may bring along from the data or from an earlier policy.
+BROUGHT_ALONG = frozenset({"position", "ref_logp", "old_logp", "reward", "data_weight"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """Detached facts about N supervised tokens; masked tokens never come this far.
+
+    Tensors are (N,), at least float32 where they are log-probabilities, statistics or weights. What a weighting
+    does not name in `needs`, and no callback asked for, is None.
+    """
+
+    logp: Tensor
+    """log π(y_t | y_<t), in nats."""
+    target: Tensor
+    """y_t, the token's id."""
+    sequence: Tensor
+    """Which sequence the token belongs to: any integer, equal within a sequence."""
+    position: Tensor | None = None
+    """Index within its response, 0 for the first supervised token."""
+    entropy: Tensor | None = None
+    """−Σ_v p_v log p_v over the vocabulary, in nats."""
+    topk_entropy: Tensor | None = None
+    """Entropy of the softmax over the 20 largest logits, in nats."""
+    collision: Tensor | None = None
+    """Σ_v p_v²."""
+    rank: Tensor | None = None
+    """How many tokens of the vocabulary are likelier than the target: 0 means the target is the top-1."""
+    ref_logp: Tensor | None = None
+    """log-probability under the frozen initial model."""
+    old_logp: Tensor | None = None
+    """log-probability under the policy that sampled the token."""
+    reward: Tensor | None = None
+    """Reward or advantage of the token's sequence."""
+    data_weight: Tensor | None = None
+    """Weight that the data gives the token."""
+    weight: Tensor | None = None
+    """What the weighting made of it; filled in by the loss."""
+    progress: float = 0.0
+    """Share of training done, 0 to 1."""
+
+    @property
+    def p(self) -> Tensor:
+        """Probability of the target, exp(logp)."""
+        return self.logp.exp()
+
+    def __len__(self) -> int:
+        return self.logp.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> "TokenStats":
+        """The same facts about some of the tokens."""
+        picked: dict[str, Any] = {name: value[index] for name, value in self.tensors().items()}
+        return replace(self, **picked)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are present."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def need(self, name: str) -> Tensor:
+        """The statistic `name`, or an error that says how to get it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"TokenStats has no {name!r} here: name it in the weighting's `needs`")
+        assert isinstance(value, Tensor)
+        return value
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Σ of `values` (N,) over each token's sequence, repeated for each of its tokens (N,)."""
+        _, group = torch.unique(self.sequence, return_inverse=True)
+        return torch.zeros_like(values).index_add_(0, group, values)[group]
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` (N,) over each token's sequence, repeated for each of its tokens (N,)."""
+        return self.sequence_sum(values) / self.sequence_sum(torch.ones_like(values))
+
+    @staticmethod
+    def concatenate(parts: Iterable["TokenStats"]) -> "TokenStats":
+        """The tokens of several micro-batches or chunks in one."""
+        parts = list(parts)
+        names = parts[0].tensors()
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], **joined)
+
+
+class TokenWeighting(ABC):
+    """What each supervised token is worth: loss = −Σ sg(w_t)·log π(y_t).
+
+    Subclasses are frozen dataclasses whose fields are the configuration, and define `weights`. Statistics beyond
+    `logp` are to be named in `needs`; a weighting that looks at other tokens says how far in `scope`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Statistics beyond log p: "entropy", "topk_entropy", "collision", "rank", "ref_logp", "old_logp", "reward", …"""
+
+    scope: ClassVar[Scope] = "token"
+    """How far a token's weight looks at others: "token", "sequence" or "step" (all tokens of the optimizer step)."""
+
+    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/nll", "min")
+    """What training by this weighting truly descends (or climbs): the metric by which the best checkpoint is chosen."""
+
+    @abstractmethod
+    def weights(self, tokens: TokenStats) -> Tensor:
+        """The weight of each token, (N,), from the (N,) tensors in `tokens`; no gradient flows through it."""
+
+
+def checked_weights(weighting: TokenWeighting, tokens: TokenStats) -> Tensor:
+    """`weighting.weights(tokens)`, detached, in the statistics' precision; refused where the shape is not (N,)."""
+    if len(tokens) == 0:
+        return torch.empty_like(tokens.logp)
+    with torch.no_grad():
+        weights = weighting.weights(tokens)
+    got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+    if got != tuple(tokens.logp.shape):
+        expected = tuple(tokens.logp.shape)
+        raise ValueError(f"{type(weighting).__name__}.weights returned {got}; expected one weight a token, {expected}")
+    return weights.to(tokens.logp.dtype)

@@ -1,0 +1,50 @@
+"""A weighting as plain data (`class_path` and `init_args`, as in YAML) and back.
+
+Checkpoints hold this form, since an object could only be pickled, and a checkpoint is loaded without pickle.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from dft_lightning.weighting.base import TokenWeighting
+
+
+def to_spec(weighting: TokenWeighting) -> dict[str, Any]:
+    """`{"class_path": …, "init_args": …}`, nested weightings included."""
+    cls = type(weighting)
+    if not is_dataclass(cls):
+        raise ValueError(f"{cls.__qualname__} is not a dataclass: decorate it with @dataclass(frozen=True)")
+    init_args = {field.name: _plain(getattr(weighting, field.name)) for field in fields(cls) if field.init}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
+
+
+def from_spec(spec: Mapping[str, Any]) -> TokenWeighting:
+    """The weighting that `to_spec` described; refused where the class cannot be found or is no TokenWeighting."""
+    module_name, _, name = spec["class_path"].rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"weighting {spec['class_path']!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, TokenWeighting)):
+        raise ValueError(f"{spec['class_path']!r} is not a TokenWeighting")
+    return cls(**{key: _built(value) for key, value in spec.get("init_args", {}).items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TokenWeighting):
+        return to_spec(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"a weighting's field holds {value!r}; expected numbers, text, lists or other weightings")
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return from_spec(value)
+    if isinstance(value, list):
+        return tuple(_built(item) for item in value)
+    return value

@@ -1,0 +1,253 @@
+"""The chunked loss against the float64 oracle: values, statistics and gradients."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dft_lightning.logprob import LogitTransform, dense_weighted_nll, weighted_nll
+from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+
+
+@dataclass(frozen=True)
+class EntropyOverRank(TokenWeighting):
+    """A user's weighting that needs statistics of the whole distribution."""
+
+    needs = frozenset({"entropy", "topk_entropy", "collision", "rank"})
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        spread = tokens.need("entropy") + tokens.need("topk_entropy") + tokens.need("collision")
+        return spread / (1.0 + tokens.need("rank"))
+
+
+@dataclass(frozen=True)
+class SentenceProbability(TokenWeighting):
+    """A user's weighting of sequence scope: the geometric mean of p over the response."""
+
+    scope = "sequence"
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.sequence_mean(tokens.logp).exp()
+
+
+WEIGHTINGS = [
+    Uniform(),
+    DFT(),
+    DFT(floor=0.1),
+    ImportanceWeighted(),
+    ImportanceWeighted(level="token"),
+    EntropyOverRank(),
+    SentenceProbability(),
+]
+TRANSFORMS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 3.0},
+    "all": {"bias": True, "scale": 1.7, "softcap": 5.0},
+}
+
+
+def problem(rows=37, width=19, vocabulary=101, dtype=torch.float32, spread=1.0, seed=0):
+    """Random hidden states, head and targets, with what a token brings along."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64) * spread
+    head = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    sequence = torch.arange(rows) * 5 // max(rows, 1)
+    ref_logp = -5 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, head, bias)]
+    return *leaves, targets, {"sequence": sequence, "ref_logp": ref_logp, "factor": 0.5 + torch.rand(rows)}
+
+
+def transform_of(name, bias):
+    options = dict(TRANSFORMS[name])
+    if options.pop("bias", False):
+        options["bias"] = bias
+    return LogitTransform(**options)
+
+
+def run(function, hidden, head, bias, targets, weighting, brought, transform="plain", **options):
+    leaves = [hidden, head, bias]
+    for leaf in leaves:
+        leaf.grad = None
+    loss, tokens = function(
+        hidden, head, targets, weighting, transform=transform_of(transform, bias), **brought, **options
+    )
+    (0.7 * loss).backward()
+    grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+    return loss.detach(), tokens, [grad.clone() for grad in grads]
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+@pytest.mark.parametrize("chunk_rows", [1, 8, 1000])
+def test_equals_the_oracle_in_float64(weighting, transform, chunk_rows):
+    hidden, head, bias, targets, brought = problem(dtype=torch.float64)
+    expected = run(dense_weighted_nll, hidden, head, bias, targets, weighting, brought, transform)
+    got = run(weighted_nll, hidden, head, bias, targets, weighting, brought, transform, chunk_rows=chunk_rows)
+    assert relative(got[0], expected[0]) < 1e-10
+    for ours, truth in zip(got[2], expected[2], strict=True):
+        assert relative(ours, truth) < 1e-10
+    for name, truth in expected[1].tensors().items():
+        torch.testing.assert_close(got[1].tensors()[name], truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(64, 128), (37, 101), (1, 3)])
+def test_float32_is_as_good_as_float32_can_be(weighting, rows, vocabulary):
+    """Bound: 5e-6, about 40 units of float32 rounding (1.2e-7) for sums over some hundred terms."""
+    hidden, head, bias, targets, brought = problem(rows, vocabulary=vocabulary)
+    expected = run(dense_weighted_nll, hidden, head, bias, targets, weighting, brought)
+    got = run(weighted_nll, hidden, head, bias, targets, weighting, brought, chunk_rows=16)
+    assert relative(got[0], expected[0]) < 5e-6
+    assert max(relative(a, b) for a, b in zip(got[2][:2], expected[2][:2], strict=True)) < 5e-6
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+def test_bfloat16_inputs_lose_no_more_than_the_naive_computation(weighting):
+    """Truth: float64 on the rounded inputs. Ours must beat the plain formula run in bfloat16."""
+    hidden, head, bias, targets, brought = problem(256, 64, 512, dtype=torch.bfloat16, spread=0.2)
+    truth = run(dense_weighted_nll, hidden, head, bias, targets, weighting, brought)
+    ours = run(weighted_nll, hidden, head, bias, targets, weighting, brought, chunk_rows=64)
+    logp = (hidden @ head.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    weight = truth[1].need("weight").to(torch.bfloat16) * brought["factor"].to(torch.bfloat16)
+    naive = torch.autograd.grad((weight * -logp).sum() * 0.7, [hidden, head])
+    for mine, plain, true in zip(ours[2][:2], naive, truth[2][:2], strict=True):
+        assert relative(mine, true) <= relative(plain, true)
+    assert ours[1].logp.dtype == ours[1].need("weight").dtype == ours[0].dtype == torch.float32
+    assert (ours[1].logp - truth[1].logp).abs().max() < 1e-5  # logits are accumulated in float32, not rounded to bf16
+
+
+def test_the_weight_carries_no_gradient():
+    """Trap 4: grad of DFT is grad of Σ(1 − p), also where p < 1/e, where an attached weight would flip its sign."""
+    hidden, head, _, targets, _ = problem(dtype=torch.float64, spread=0.1)
+    loss, tokens = weighted_nll(hidden, head, targets, DFT())
+    loss.backward()
+    assert (tokens.p < 0.3).all()
+    p = (hidden @ head.T).softmax(1).gather(1, targets[:, None])
+    expected = torch.autograd.grad((1 - p).sum(), [hidden, head])
+    torch.testing.assert_close(hidden.grad, expected[0], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(head.grad, expected[1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+def test_no_rows_give_a_differentiable_zero(weighting):
+    hidden, head, bias, targets, brought = problem(rows=0)
+    loss, tokens, grads = run(weighted_nll, hidden, head, bias, targets, weighting, brought)
+    assert loss == 0
+    assert len(tokens) == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("weighting", [DFT(), SentenceProbability()], ids=repr)
+def test_extreme_probabilities_stay_finite(weighting):
+    """p from 1e-30 to 1: no inf·0 (trap 25)."""
+    head = torch.eye(4, requires_grad=True)
+    hidden = torch.tensor([[69.0, 0, 0, 0], [-69.0, 0, 0, 0], [500.0, 0, 0, 0], [-500.0, 0, 0, 0]], requires_grad=True)
+    loss, tokens = weighted_nll(hidden, head, torch.zeros(4, dtype=torch.long), weighting, wanted=["entropy"])
+    loss.backward()
+    for tensor in (loss, hidden.grad, head.grad, tokens.entropy, tokens.weight):
+        assert torch.isfinite(tensor).all()
+
+
+def test_tied_weights_collect_both_gradients():
+    """The head is the embedding: both uses add up."""
+    _, head, _, targets, _ = problem(dtype=torch.float64)
+    hidden = head[targets.flip(0)].tanh()
+    loss, _ = weighted_nll(hidden, head, targets, DFT(), chunk_rows=8)
+    ours = torch.autograd.grad(loss, head)[0]
+    hidden = head[targets.flip(0)].tanh()
+    truth = torch.autograd.grad(dense_weighted_nll(hidden, head, targets, DFT())[0], head)[0]
+    assert relative(ours, truth) < 1e-10
+
+
+def test_a_frozen_head_makes_no_head_gradient(monkeypatch):
+    hidden, head, _, targets, _ = problem()
+    made = []
+    original = torch.Tensor.new_zeros
+    monkeypatch.setattr(
+        torch.Tensor, "new_zeros", lambda self, size, **o: made.append(size) or original(self, size, **o)
+    )
+    loss, _ = weighted_nll(hidden, head.detach(), targets, DFT())
+    loss.backward()
+    assert hidden.grad is not None
+    assert head.shape not in made
+
+
+def test_without_gradient_nothing_is_made(monkeypatch):
+    hidden, head, _, targets, _ = problem()
+    monkeypatch.setattr("dft_lightning.logprob.chunked._add_gradients", lambda *_: pytest.fail("made gradients"))
+    with torch.no_grad():
+        loss, tokens = weighted_nll(hidden, head, targets, SentenceProbability())
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, -(tokens.need("weight") * tokens.logp).sum())
+
+
+def test_inputs_are_left_as_they_were():
+    """Trap 24."""
+    hidden, head, bias, targets, brought = problem()
+    before = [tensor.detach().clone() for tensor in (hidden, head, targets, *brought.values())]
+    run(weighted_nll, hidden, head, bias, targets, ImportanceWeighted(), brought, "all")
+    for then, now in zip(before, (hidden, head, targets, *brought.values()), strict=True):
+        assert torch.equal(then, now)
+
+
+def test_differentiating_twice_is_refused():
+    hidden, head, _, targets, _ = problem()
+    loss, _ = weighted_nll(hidden, head, targets, DFT())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_autocast_multiplies_in_its_dtype_and_scores_in_float32():
+    hidden, head, _, targets, _ = problem(64, 32, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, tokens = weighted_nll(hidden, head, targets, Uniform())
+    loss.backward()
+    rounded = dense_weighted_nll(hidden.bfloat16(), head.bfloat16(), targets, Uniform())[1]
+    assert (tokens.logp - rounded.logp).abs().max() < 1e-4
+    assert hidden.grad.dtype == head.grad.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class Normalised(TokenWeighting):
+    scope = "step"
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.p / tokens.p.mean()
+
+
+@dataclass(frozen=True)
+class WrongShape(TokenWeighting):
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.p.mean()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "change", "message"),
+    [
+        (Normalised(), {}, "whole optimizer step"),
+        (WrongShape(), {}, r"returned \(\).*expected one weight a token"),
+        (ImportanceWeighted(), {}, r"needs \['ref_logp'\], which were not given"),
+        (Uniform(), {"targets": -100}, "leave masked positions out"),
+        (Uniform(), {"targets": 101}, r"ids in \[0, 101\)"),
+        (Uniform(), {"ref_logp": torch.zeros(3)}, "one value a target"),
+        (Uniform(), {"mystery": torch.zeros(37)}, "unknown keyword"),
+        (Uniform(), {"hidden": torch.zeros(3, 4)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, TokenWeighting) else str(value)[:20],
+)
+def test_what_would_be_wrong_is_refused(weighting, change, message):
+    hidden, head, _, targets, _ = problem()
+    if "targets" in change:
+        targets[3] = change.pop("targets")
+    hidden = change.pop("hidden", hidden)
+    with pytest.raises(ValueError, match=message):
+        weighted_nll(hidden, head, targets, weighting, **change)
