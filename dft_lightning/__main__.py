@@ -1,0 +1,51 @@
+"""`dft` and `python -m dft_lightning`: help at once, everything heavy only when it is needed."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+_COMMANDS = {
+    "fit": "fine-tune a model; starting the same command again goes on where it stopped",
+    "validate": "mean NLL, mean p, top-1 and objective on the validation rows",
+    "test": "the same on data.test_path",
+    "predict": "log p, entropy, rank and weight of every token, to parquet",
+    "demo": "fine-tune the embedded model on practice problems and compare before and after",
+}
+_OWN = {"demo": "dft_lightning.demo"}
+
+_HELP = """usage: dft COMMAND [--config FILE ...] [--option VALUE ...]
+
+Fine-tunes causal language models; what each token is worth is a pluggable weighting.
+
+commands:
+{commands}
+
+  dft COMMAND --help                  all options of a command
+  dft fit --print_config ...          the configuration in force, as YAML
+  dft fit --model.weighting.help DFT  what a weighting is and takes
+
+example:
+  dft fit --config configs/base.yaml --config configs/dft.yaml --config configs/models/qwen2.5-math-1.5b.yaml
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Answer what needs no import, and hand everything else on."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<10}{what}" for name, what in _COMMANDS.items())))
+        return 0
+    if given[0] == "--version":
+        print(f"dft-lightning {version('dft-lightning')}")
+        return 0
+    if not given[0].startswith("-") and given[0] not in _COMMANDS:
+        print(f"dft: error: no command {given[0]!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    if own := _OWN.get(given[0]):
+        return int(import_module(own).main(given[1:]))
+    return int(import_module("dft_lightning.cli").main(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`last.ckpt`, to continue from, and `best.ckpt`, by what the weighting truly descends."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from dft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from dft_lightning.module import FineTuner
+
+
+def checkpoint_folder(run_dir: str | Path) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(run_dir) / "checkpoints"
+
+
+class Checkpoints(Checkpoint):
+    """Keeps the state of the run in `last.ckpt`, and the best validated one in `best.ckpt`.
+
+    Each is written beside and renamed, so that one of that name is always whole.
+
+    Args:
+        every_n_steps: optimizer steps between two savings of the last state; the end of training is always saved.
+        monitor: metric by which the best is chosen; by default the weighting's own: val/p_mean for DFT, val/nll
+            otherwise. The weighted loss is never a good one: −p·log p is lowest where a model has collapsed.
+        mode: "min" or "max", for a monitor of your own.
+        save_best: whether to keep the best at all (it costs as much disk as the last).
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_best: bool = True,
+    ) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"checkpoints.every_n_steps is {every_n_steps}; expected 1 or more")
+        self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
+        self.best: float | None = None
+        self._saved_at = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the weighting's monitor where none is set."""
+        if self.monitor is None:
+            self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Save the last state, every so many steps."""
+        if trainer.global_step != self._saved_at and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer, "last")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end, wherever it falls."""
+        if trainer.global_step != self._saved_at:
+            self._save(trainer, "last")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the best state so far."""
+        if not self.save_best or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert self.monitor is not None
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise UserError(f"checkpoints.monitor is {self.monitor!r}; validation logs {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
+            self.best = value
+            self._save(trainer, "best")
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        if name == "last":
+            self._saved_at = trainer.global_step
+        folder = checkpoint_folder(trainer.default_root_dir)
+        unfinished = folder / f".{name}.ckpt.unfinished"
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            os.replace(unfinished, folder / f"{name}.ckpt")
+        trainer.strategy.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far, and the step saved last."""
+        return {"best": self.best, "saved_at": self._saved_at, "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with them, unless another monitor is chosen by now."""
+        self._saved_at = state_dict["saved_at"]
+        if state_dict["monitor"] == self.monitor:
+            self.best = state_dict["best"]

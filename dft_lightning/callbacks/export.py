@@ -1,0 +1,92 @@
+"""At the end of training, the model as a folder that transformers loads."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from dft_lightning.module import FineTuner
+
+
+class Export(Callback):
+    """Writes `run_dir/export`: model, tokenizer, generation config; with LoRA the adapter, and a merged model if asked.
+
+    Args:
+        enabled: whether to export at all.
+        which: the last state of the training, or the best by the checkpoints' monitor.
+        merge_lora: also write `run_dir/export-merged`, a model without adapter.
+        stop_tokens: tokens that end an answer, added to those in the exported generation config.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        which: Literal["last", "best"] = "last",
+        merge_lora: bool = False,
+        stop_tokens: list[str] | None = None,
+    ) -> None:
+        self.enabled, self.which, self.merge_lora = enabled, which, merge_lora
+        self.stop_tokens = stop_tokens or []
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folders, on the first rank."""
+        if not self.enabled or getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
+            return
+        module = cast("FineTuner", pl_module)
+        model = module.model
+        if self.which == "best":
+            model = _with_weights(module, checkpoint_folder(trainer.default_root_dir) / "best.ckpt")
+        add_stops(module._network.base.generation_config, module.tokenizer, self.stop_tokens)
+        folder = Path(trainer.default_root_dir) / "export"
+        write_model(model, module.tokenizer, folder)
+        rank_zero_info(f"Exported the {self.which} model to {folder}")
+        if self.merge_lora and module.lora is not None:
+            write_model(copy.deepcopy(model).merge_and_unload(), module.tokenizer, folder.with_name("export-merged"))
+
+
+def add_stops(generation: Any, tokenizer: Any, stop_tokens: list[str]) -> None:
+    """Let generation end at these tokens too.
+
+    Raises:
+        UserError: one of them is no token of the tokenizer.
+    """
+    known = tokenizer.get_vocab()
+    if unknown := [token for token in stop_tokens if token not in known]:
+        raise UserError(f"export.stop_tokens: {unknown} are no tokens of the tokenizer")
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends += [known[token] for token in stop_tokens if known[token] not in ends]
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained` of model and tokenizer into a folder that is either whole or not there."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _with_weights(module: "FineTuner", checkpoint: Path) -> Any:
+    """A copy of the model with the weights of a checkpoint; the live one where there is none."""
+    if not checkpoint.exists():
+        rank_zero_warn(
+            f"export.which is 'best', but there is no {checkpoint} (no validation?): exporting the last state"
+        )
+        return module.model
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    model = module.initial_model()
+    prefix = "network.model."
+    model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    return model

@@ -1,0 +1,76 @@
+"""What a run is about to optimise, said before it starts."""
+
+from typing import TYPE_CHECKING, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+if TYPE_CHECKING:
+    from dft_lightning.data import ChatDataModule
+    from dft_lightning.module import FineTuner
+
+_NORMALIZE = {
+    "tokens": "mean over the supervised tokens of the optimizer step",
+    "sequences": "mean over the sequences of the optimizer step of each one's mean",
+    "micro_batch": "mean over micro-batches of each one's mean (depends on the micro-batch size)",
+}
+
+
+class RunSummary(Callback):
+    """Prints the objective, the data, the steps and the machine; the same text goes to TensorBoard."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print, on the first rank."""
+        facts = run_facts(trainer, cast("FineTuner", pl_module))
+        show(facts)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+            trainer.logger.experiment.add_text("run", f"| | |\n|---|---|\n{table}", trainer.global_step)
+
+
+def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
+    """What this run optimises, on what, and where."""
+    parameters = list(module.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    device = module.device.type
+    facts = {
+        "objective": f"−Σ sg(w)·log π(y), w by {module.weighting!r}",
+        "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
+        "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
+        "precision": f"{trainer.precision}, weights in {str(parameters[0].dtype).removeprefix('torch.')}",
+        "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
+    }
+    if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
+        facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
+    monitor, mode = module.weighting.monitor
+    return facts | {
+        "steps": f"{module.total_steps:,} (from step {trainer.global_step:,})",
+        "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
+        "run folder": str(trainer.default_root_dir),
+    }
+
+
+def _data_facts(data: "ChatDataModule") -> dict[str, str]:
+    rows, shape = data.train_rows, data.geometry()
+    assert rows is not None
+    read, learnt = int(rows.lengths.sum()), int(rows.targets.sum())
+    return {
+        "data": f"{len(rows):,} rows an epoch, {learnt:,} supervised of {read:,} tokens",
+        "step": f"{shape.global_batch_size} sequences = {shape.ranks} ranks × {shape.micro_batches} micro-batches "
+        f"of at most {shape.micro_batch_size}",
+    }
+
+
+@rank_zero_only
+def show(facts: dict[str, str]) -> None:
+    """The facts as a table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="This run", title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console().print(table)

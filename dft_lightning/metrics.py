@@ -1,0 +1,85 @@
+"""Sums over tokens that add up over micro-batches and ranks, and the means that are logged from them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from dft_lightning.weighting import TokenStats
+
+_NAMES = ("objective", "units", "nll", "tokens", "weight", "weight_squared", "p", "top1", "positions")
+
+
+def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats", positions: int) -> Tensor:
+    """Sums of one micro-batch, (9,) in float64, in the order of `_NAMES`.
+
+    Args:
+        loss: the micro-batch's loss, a sum.
+        units: what it adds to the divisor.
+        tokens: its supervised tokens, with `weight`.
+        positions: how many tokens the model read, supervised or not.
+    """
+    weight = tokens.need("weight").double()
+    right = (tokens.rank == 0).sum() if tokens.rank is not None else torch.zeros_like(loss)
+    values = [
+        loss.detach(),
+        units,
+        -tokens.logp.sum(dtype=torch.float64),
+        torch.tensor(len(tokens), device=loss.device),
+        weight.sum(),
+        weight.square().sum(),
+        tokens.p.sum(dtype=torch.float64),
+        right,
+        torch.tensor(positions, device=loss.device),
+    ]
+    return torch.stack([value.to(torch.float64) for value in values])
+
+
+def token_means(sums: Tensor) -> dict[str, Tensor]:
+    """What is logged, from sums over any number of micro-batches and ranks; zeros where there was no token.
+
+    `effective_sample_size` is (Σw)²/(n·Σw²): an equally weighted sample of that share of the tokens would have the same
+    variance. It is 1 for uniform weights.
+    """
+    sum_of = dict(zip(_NAMES, sums, strict=True))
+    count = sum_of["tokens"].clamp(min=1)
+    return {
+        "objective": sum_of["objective"] / sum_of["units"].clamp(min=1),
+        "nll": sum_of["nll"] / count,
+        "p_mean": sum_of["p"] / count,
+        "top1": sum_of["top1"] / count,
+        "weight_mean": sum_of["weight"] / count,
+        "effective_sample_size": sum_of["weight"] ** 2 / (count * sum_of["weight_squared"]).clamp(min=1e-300),
+    }
+
+
+def units_of(sums: Tensor) -> Tensor:
+    """The divisor of the optimizer step."""
+    return sums[_NAMES.index("units")]
+
+
+def positions_of(sums: Tensor) -> Tensor:
+    """How many tokens the model read."""
+    return sums[_NAMES.index("positions")]
+
+
+class TokenMeans(Metric):
+    """Token-weighted means over all rows of a validation set and all ranks."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, sums: Tensor) -> None:
+        """Add a micro-batch's `token_sums`."""
+        self.sums = self.sums + sums
+
+    def compute(self) -> dict[str, Tensor]:
+        """`token_means` of all of them."""
+        return token_means(self.sums)

@@ -1,0 +1,238 @@
+"""Loading a causal language model and its tokenizer, and splitting it into backbone and head.
+
+Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning import embedded
+from dft_lightning.data.batch import Batch
+from dft_lightning.errors import UserError
+from dft_lightning.logprob import LogitTransform, weighted_nll
+from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters by peft; the defaults are those of the DFT paper's LoRA runs (arXiv 2508.05629).
+
+    Args:
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: dropout on the adapters' input.
+        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class ModelSource:
+    """Where a model comes from and how it is held; see `FineTuner` for the meaning of each."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def path(self) -> str:
+        """A folder or a hub name; the embedded model is converted here, on its first use."""
+        return str(embedded.embedded_model()) if self.name == embedded.NAME else self.name
+
+
+@contextmanager
+def _loading(what: str, source: ModelSource) -> Iterator[None]:
+    """One clear line in place of what transformers, safetensors or the hub say."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and the hub share no class of error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot load the {what} of model {source.name!r}: {reason[:300]} — give --model.model_name a local folder "
+            f"with config.json, weights and tokenizer, a name on the hub (with network), or {embedded.NAME!r}"
+        ) from error
+
+
+def load_model(source: ModelSource) -> Any:
+    """The causal language model (a `PreTrainedModel`), in training mode.
+
+    Raises:
+        UserError: it cannot be found or read, or does not know the attention implementation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading("weights", source):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.path(),
+            dtype=source.dtype,
+            attn_implementation=source.attn_implementation,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
+
+
+def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer, with another chat template where one is given (a shipped name or a file).
+
+    Raises:
+        UserError: it cannot be found or read, or the template is unknown.
+    """
+    from transformers import AutoTokenizer
+
+    from dft_lightning.data.rendering import load_chat_template
+
+    with _loading("tokenizer", source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = load_chat_template(chat_template)
+    return tokenizer
+
+
+def add_lora(model: Any, lora: LoRA) -> Any:
+    """The model with adapters to train and everything else frozen (a `peft.PeftModel`)."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("LoRA needs peft: install it with pip install 'dft-lightning[peft]'") from error
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA cannot be added: {error} — see --model.lora.target_modules") from error
+
+
+class WeightedLM(nn.Module):
+    """A causal language model whose forward is the weighted loss: the one module that may be a sharded model's root.
+
+    Args:
+        model: a `PreTrainedModel`, or a `PeftModel` around one.
+
+    Raises:
+        UserError: the output head is not a plain linear layer, or its logits are not understood.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._transform = _logit_transform(self.base.config)
+        self._check_head()
+
+    @property
+    def base(self) -> Any:
+        """The transformers model (a `PreTrainedModel`), adapters or not."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA is in place, and with it a reference that costs no memory: the model with the adapter off."""
+        return hasattr(self.model, "disable_adapter")
+
+    def forward(
+        self,
+        batch: Batch,
+        weighting: TokenWeighting,
+        *,
+        factor: Tensor | None = None,
+        progress: float = 0.0,
+        wanted: Iterable[str] = (),
+        ref_logp: Tensor | None = None,
+    ) -> tuple[Tensor, TokenStats]:
+        """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
+        head = self.base.get_output_embeddings()
+        brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp}
+        return weighted_nll(
+            self.hidden(batch),
+            head.weight,
+            batch.target,
+            weighting,
+            sequence=batch.sequence,
+            factor=factor,
+            transform=LogitTransform(head.bias, self._transform.scale, self._transform.softcap),
+            progress=progress,
+            wanted=wanted,
+            **{name: value for name, value in brought.items() if value is not None},
+        )
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states (N, H) at the positions whose next token is supervised."""
+        states = self.base.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        flat: Tensor = states.flatten(0, 1).index_select(0, batch.supervised)
+        return flat
+
+    @torch.no_grad()
+    def logp(self, batch: Batch, *, adapter: bool = True) -> Tensor:
+        """log π (N,) of the supervised tokens in evaluation mode, at least float32; without the adapter if asked."""
+        off = nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter()
+        training = self.training
+        self.eval()
+        try:
+            with off:
+                return self.forward(batch, Uniform())[1].logp
+        finally:
+            self.train(training)
+
+    def _check_head(self) -> None:
+        head = self.base.get_output_embeddings()
+        kind = type(self.base).__name__
+        if type(head) is not nn.Linear:
+            raise UserError(
+                f"the output head of {kind} is a {type(head).__name__}; a plain linear layer was expected. With LoRA, "
+                "leave the head (lm_head) out of --model.lora.target_modules"
+            )
+        if self.base.device.type != "meta" and not _splits(self, head):
+            raise UserError(
+                f"{kind} does something to its logits beyond head bias, logit scale and soft-cap, so its "
+                "log-probabilities would be wrong here: this model is not supported"
+            )
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """What the model's family does to its logits, by its configuration (the bias is read from the head itself)."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
+    return LogitTransform(None, float(scale), getattr(text, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _splits(network: WeightedLM, head: nn.Linear) -> bool:
+    """Whether backbone, head and transform give the model's own logits on eight tokens.
+
+    Both sides round alike but for the order of sums, so 32 units of rounding of the largest logit are generous.
+    """
+    training = network.training
+    network.eval()
+    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
+    states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    transform = LogitTransform(head.bias, network._transform.scale, network._transform.softcap)
+    ours = transform.forward_((states @ head.weight.T).to(wide))
+    network.train(training)
+    return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))

@@ -1,0 +1,140 @@
+"""log-probabilities of a run's tokens under its frozen initial model: computed once, cached on disk, read by collators.
+
+A cache folder is keyed by the content of the initial weights, the precision, and the tokens and masks of the rows, so
+one that no longer fits is never found. It covers the rows that a run uses, no others.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from dft_lightning.embedded import cache_dir
+from dft_lightning.models import WeightedLM
+
+if TYPE_CHECKING:
+    from dft_lightning.data.batch import Batch
+    from dft_lightning.data.datamodule import ChatDataModule
+    from dft_lightning.data.tokenized import TokenizedRows
+    from dft_lightning.module import FineTuner
+
+
+class RowValues:
+    """One array a row, memory-mapped from a folder with `rows.npy`, `starts.npy` and `values.npy`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = np.load(folder / "rows.npy")
+        self.starts = np.load(folder / "starts.npy")
+        self.values = np.load(folder / "values.npy", mmap_mode="r")
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        at = int(np.searchsorted(self.rows, row))
+        if at == len(self.rows) or self.rows[at] != row:
+            raise KeyError(f"row {row} is not in the reference cache {self.folder}")
+        return np.asarray(self.values[self.starts[at] : self.starts[at + 1]])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a loader's worker maps the file itself
+        return RowValues, (self.folder,)
+
+    @staticmethod
+    def write(folder: Path, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """From (rows, lengths, values) of each rank, in any order."""
+        rows, lengths, values = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        order = np.argsort(rows, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "rows.npy", rows[order])
+        np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths[order])]))
+        np.save(
+            folder / "values.npy", np.concatenate([values[:0], *(values[starts[i] : starts[i + 1]] for i in order)])
+        )
+
+
+def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Iterable[str], restored: bool) -> None:
+    """Give the data module the reference log-probabilities of what this run uses of `stages`, computed where missing.
+
+    Args:
+        restored: the live model holds a checkpoint's weights, so that the initial model has to be loaded beside it.
+    """
+    if "ref_logp" not in module.weighting.needs or module.adapter_is_reference:
+        return
+    network = module.network
+    assert network is not None
+    if restored:
+        rank_zero_info("Loading the initial model beside the restored one, for the reference log-probabilities")
+        network = WeightedLM(module.initial_model()).to(module.device)
+    weights = fingerprint(network)
+    for stage in stages:
+        rows = data.rows_used(stage)
+        if rows is not None:
+            data.reference[stage] = _cached(module, data, network, weights, rows)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """sha256 over all weights of a model, whatever its name and files are called."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cached(
+    module: "FineTuner", data: "ChatDataModule", network: WeightedLM, weights: str, rows: "TokenizedRows"
+) -> RowValues:
+    trainer = module.trainer
+    facts = {
+        "version": 1,
+        "weights": weights,
+        "precision": str(trainer.precision),
+        "rows": rows.content_hash(np.arange(len(rows))),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(data.options.cache_dir or cache_dir()) / "reference" / key
+    if trainer.strategy.broadcast(folder.exists()):
+        rank_zero_info(f"Reference log-probabilities of {len(rows)} rows: cached in {folder}")
+        return RowValues(folder)
+    rank_zero_info(f"Reference log-probabilities of {len(rows)} rows: computed once, cached in {folder}")
+    made = folder.with_name(f".{key}.making")
+    part = made / f"rank-{trainer.global_rank}.npz"
+    made.mkdir(parents=True, exist_ok=True)
+    found = _scores(module, network, data.scoring_loader(rows, "reference"))
+    np.savez(part, rows=found[0], lengths=found[1], values=found[2])
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        loaded = [np.load(made / f"rank-{rank}.npz") for rank in range(trainer.world_size)]
+        RowValues.write(made / "whole", [(part["rows"], part["lengths"], part["values"]) for part in loaded])
+        (made / "whole").rename(folder)
+        shutil.rmtree(made)
+    trainer.strategy.barrier()
+    return RowValues(folder)
+
+
+def _scores(module: "FineTuner", network: WeightedLM, loader: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, lengths, values) of this rank's share of the rows."""
+    rows, lengths, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float16)]
+    for batch in _progress(loader, "Reference", module.trainer.is_global_zero):
+        with module.trainer.precision_plugin.forward_context():
+            logp = network.logp(batch.to(module.device))
+        rows.append(batch.row.numpy())
+        lengths.append(np.bincount(batch.sequence.numpy(), minlength=len(batch)))
+        values.append(logp.cpu().numpy())
+    return np.concatenate(rows), np.concatenate(lengths), np.concatenate(values)
+
+
+def _progress(loader: Any, title: str, show: bool) -> "Iterable[Batch]":
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    bar: Callable[..., Iterable[Batch]] = tqdm
+    return bar(loader, desc=title, disable=not show)

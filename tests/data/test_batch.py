@@ -1,0 +1,61 @@
+"""The collator against ids written out by hand: the shift, the mask, padding, borders."""
+
+import numpy as np
+import pytest
+import torch
+
+from dft_lightning.data.batch import Collator
+
+
+def row(number, ids, supervised):
+    return {"row": number, "input_ids": np.array(ids), "supervised": np.array(supervised, dtype=bool)}
+
+
+def test_labels_are_shifted_once_and_masked():
+    batch = Collator(pad_id=9)([row(7, [5, 6, 7, 8], [0, 0, 1, 1]), row(3, [5, 6], [0, 1])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 9]]
+    assert batch.supervised.tolist() == [1, 2, 4]  # the positions before 7, before 8, and before 6
+    assert batch.target.tolist() == [7, 8, 6]
+    assert batch.sequence.tolist() == [0, 0, 1]
+    assert batch.position.tolist() == [0, 1, 0]
+    assert batch.row.tolist() == [7, 3]
+    assert batch.tokens == 6
+    assert len(batch) == 2
+
+
+def test_a_first_token_has_no_predecessor_to_learn_from():
+    """Traps 9 and 19: it neither counts nor reaches back into the row before."""
+    batch = Collator()([row(0, [5, 6], [1, 1]), row(1, [7, 8], [1, 0])])
+    assert batch.target.tolist() == [6]
+    assert batch.supervised.tolist() == [0]
+
+
+def test_padding_with_the_stop_token_does_not_mask_the_real_one():
+    """Trap 20."""
+    batch = Collator(pad_id=2)([row(0, [5, 6, 2], [0, 1, 1]), row(1, [5, 2], [0, 1])])
+    assert batch.target.tolist() == [6, 2, 2]
+
+
+def test_nothing_at_all():
+    batch = Collator(pad_id=4)([])
+    assert batch.input_ids.tolist() == [[4]]
+    assert len(batch.target) == len(batch.supervised) == len(batch.row) == batch.tokens == 0
+    assert batch.target.dtype == torch.long
+
+
+def test_reference_values_follow_their_rows():
+    reference = {4: np.array([-1.0, -2.0], np.float32), 9: np.array([-3.0], np.float32)}
+    rows = [row(9, [5, 6], [0, 1]), row(4, [5, 6, 7], [0, 1, 1])]
+    batch = Collator(references={"train": reference})(rows)
+    assert batch.ref_logp.tolist() == [-3.0, -1.0, -2.0]
+    assert Collator(references={"train": reference})([]).ref_logp.dtype == torch.float32
+    with pytest.raises(KeyError):
+        Collator(references={"train": reference})([row(1, [5, 6], [0, 1])])
+
+
+def test_moving_keeps_everything():
+    batch = Collator(references={"train": {0: np.array([-1.0], np.float32)}})([row(0, [5, 6], [0, 1])])
+    moved = batch.to("cpu")
+    assert vars(moved).keys() == vars(batch).keys()
+    assert moved.tokens == 2
+    assert moved.ref_logp.dtype == torch.float32
