@@ -4,18 +4,20 @@ Everything of a run is in `run_dir`: the configuration as run, TensorBoard's eve
 Starting the same command again goes on there.
 """
 
-import importlib
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -23,9 +25,17 @@ from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, T
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.module import FineTuner
+from dft_lightning.module import PAPERS_ADAMW, FineTuner
 from dft_lightning.weighting import TokenWeighting
 
+#: Where we differ from Lightning, whose default is 1,000 epochs.
+_TRAINER = {
+    "max_epochs": 1,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
 #: The subfolders of a run.
 _CONTENTS = ("tensorboard", "checkpoints", "export", "export-merged", "predictions")
 #: What another run in the same folder may not change without being asked for it.
@@ -87,6 +97,8 @@ class CommandLine(LightningCLI):
             default=False,
             help="Start a fit anew: remove what an earlier one left in run_dir, in place of going on with it.",
         )
+        adamw = PAPERS_ADAMW | {"betas": list(PAPERS_ADAMW["betas"])}
+        parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": adamw}})
         parser.add_lightning_class_args(TokenProbabilities, "token_probabilities")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Export, "export")
@@ -109,9 +121,30 @@ class CommandLine(LightningCLI):
         asked = config.get("ckpt_path")
         config.ckpt_path = find_checkpoint(self.run_dir, asked, self.subcommand)
         if self.subcommand == "fit" and config.ckpt_path is not None:
-            self._step = _check_same_run(config.ckpt_path, config, self.run_dir, asked not in (None, "last"))
+            self._stored, self._step = _read(config.ckpt_path)
+            self._asked = asked not in (None, "last")
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
+
+    def instantiate_classes(self) -> None:
+        """Turn what a constructor does not take into one line."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            if os.environ.get("DFT_TRACEBACK"):
+                raise
+            raise UserError(" ".join(str(_root(error)).split())) from error
+
+    def after_instantiate_classes(self) -> None:
+        """A run goes on in its folder as what it was, unless the user asks for something else."""
+        now = dict(self.model.hparams)
+        changed = [f"model.{key}: {then!r} → {now[key]!r}" for key, then in self._stored.items() if then != now[key]]
+        if changed and not self._asked:
+            raise UserError(
+                f"{self.run_dir} holds a run with other options ({'; '.join(changed)}): choose another --run_dir, "
+                "start anew with --overwrite true, or go on all the same with --ckpt_path "
+                f"{checkpoint_folder(self.run_dir) / 'last.ckpt'}"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
@@ -130,7 +163,15 @@ class CommandLine(LightningCLI):
         purge: Any = {"purge_step": self._step} if self._step else {}
         return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **purge)
 
-    _step = 0
+    _stored: Mapping[str, Any] = MappingProxyType({})
+    _step, _asked = 0, False
+
+
+def _root(error: BaseException) -> BaseException:
+    """Where a chain of errors began: jsonargparse wraps a constructor's error in some of its own."""
+    while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
+        error = earlier
+    return error
 
 
 def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:
@@ -153,36 +194,24 @@ def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | 
     return str(path)
 
 
-def _check_same_run(checkpoint: str, config: Namespace, run_dir: Path, asked: bool) -> int:
-    """The checkpoint's step; refused where a run would go on as another one without being asked to."""
+def _read(checkpoint: str) -> tuple[dict[str, Any], int]:
+    """The options that make a run what it is, and the step, of a checkpoint."""
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        then, step = stored["hyper_parameters"], int(stored["global_step"])
-    except Exception as error:
+        options, step = stored["hyper_parameters"], int(stored["global_step"])
+    except Exception as error:  # zip, pickle, file system and missing keys have no common class
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot read checkpoint {checkpoint} ({error}): remove it, or give another ckpt_path"
+            f"cannot read checkpoint {checkpoint} ({reason}): remove it, or give another ckpt_path"
         ) from error
-    now = {key: _as_data(config.model.get(key)) for key in _IDENTITY}
-    changed = [f"model.{key}: {then.get(key)!r} → {now[key]!r}" for key in _IDENTITY if then.get(key) != now[key]]
-    if changed and not asked:
-        raise UserError(
-            f"{run_dir} holds a run with other options ({'; '.join(changed)}): choose another --run_dir, or, to go on "
-            f"with these all the same, give --ckpt_path {checkpoint}"
-        )
-    return step
-
-
-def _as_data(value: Any) -> Any:
-    """A parsed option as `save_hyperparameters` keeps it."""
-    return value.as_dict() if isinstance(value, Namespace) else value
+    return {key: options.get(key) for key in _IDENTITY}, step
 
 
 def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_float32_matmul_precision("high")
-    importlib.invalidate_caches()
+    _quieten()
     try:
         command_line(
             FineTuner,
@@ -192,18 +221,28 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
             save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={
-                "log_every_n_steps": 1,
-                "use_distributed_sampler": False,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=_TRAINER,
             args=None if args is None else list(args),
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says that the user of `dft` can do nothing about."""
+    for message in (
+        "LightningCLI's args parameter",
+        ".*LeafSpec",
+        ".*GPU available but not used",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message)
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "estimate number of" not in record.getMessage()
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:

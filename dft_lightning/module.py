@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
 
 Reference = Literal["auto", "cache", "adapter_off"]
+
+
+#: The optimizer of the DFT paper's runs (arXiv 2508.05629).
+PAPERS_ADAMW: dict[str, Any] = {"lr": 5e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
+papers_adamw = partial(torch.optim.AdamW, **PAPERS_ADAMW)
 
 
 class FineTuner(pl.LightningModule):
@@ -56,9 +61,7 @@ class FineTuner(pl.LightningModule):
         model_name: str,
         weighting: TokenWeighting,
         normalize: Normalize = "tokens",
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01
-        ),
+        optimizer: OptimizerCallable = papers_adamw,
         lr_schedule: str = "cosine",
         warmup_ratio: float = 0.1,
         dtype: Precision = "auto",

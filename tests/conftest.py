@@ -1,6 +1,7 @@
 """What several tests need: a tiny chat model with a tokenizer, rows to train on, and the real model where it is."""
 
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+logging.raiseExceptions = False  # Lightning's logger holds on to a stream that pytest has closed by then
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.weighting import DFT
@@ -51,7 +53,18 @@ def fit(model, rows, weighting=None, *, module=None, data=None, **trainer) -> tu
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
     }
-    callbacks = [recorder, *trainer.pop("callbacks", [])]
+    callbacks, resume_from = [recorder, *trainer.pop("callbacks", [])], trainer.pop("ckpt_path", None)
     runner = pl.Trainer(**(defaults | trainer), callbacks=callbacks)
-    runner.fit(finetuner, datamodule, ckpt_path=None)
+    runner.fit(finetuner, datamodule, ckpt_path=resume_from)
     return finetuner, recorder, runner
+
+
+def logger(folder) -> TensorBoardLogger:
+    """TensorBoard's, as the command line makes it."""
+    return TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False)
+
+
+def events(folder) -> EventAccumulator:
+    """All that `logger` wrote."""
+    found = EventAccumulator(str(folder / "tensorboard"), dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 0))
+    return found.Reload()

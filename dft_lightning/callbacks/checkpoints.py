@@ -1,5 +1,6 @@
 """`last.ckpt`, to continue from, and `best.ckpt`, by what the weighting truly descends."""
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -50,12 +51,17 @@ class Checkpoints(Checkpoint):
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save the last state, every so many steps."""
-        if trainer.global_step != self._saved_at and trainer.global_step % self.every_n_steps == 0:
+        """Save the last state, every so many steps and after the last.
+
+        Not in `on_train_end`: there Lightning counts the epoch as done, and a longer run would go on with the next one.
+        """
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == cast("FineTuner", pl_module).total_steps or trainer.should_stop
+        if due and step != self._saved_at:
             self._save(trainer, "last")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end, wherever it falls."""
+        """Save the end where it came otherwise, as in a validation."""
         if trainer.global_step != self._saved_at:
             self._save(trainer, "last")
 
@@ -68,6 +74,8 @@ class Checkpoints(Checkpoint):
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(f"checkpoints.monitor is {self.monitor!r}; validation logs {known}")
         value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):  # never the best, and no other value compares with it
+            return
         if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
             self.best = value
             self._save(trainer, "best")
@@ -77,7 +85,7 @@ class Checkpoints(Checkpoint):
             self._saved_at = trainer.global_step
         folder = checkpoint_folder(trainer.default_root_dir)
         unfinished = folder / f".{name}.ckpt.unfinished"
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
             os.replace(unfinished, folder / f"{name}.ckpt")
         trainer.strategy.barrier()

@@ -37,6 +37,11 @@ class Export(Callback):
         self.enabled, self.which, self.merge_lora = enabled, which, merge_lora
         self.stop_tokens = stop_tokens or []
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse unknown stop tokens before the training, not after it."""
+        if self.enabled:
+            stop_ids(cast("FineTuner", pl_module).tokenizer, self.stop_tokens)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folders, on the first rank."""
         if not self.enabled or getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
@@ -45,7 +50,8 @@ class Export(Callback):
         model = module.model
         if self.which == "best":
             model = _with_weights(module, checkpoint_folder(trainer.default_root_dir) / "best.ckpt")
-        add_stops(module._network.base.generation_config, module.tokenizer, self.stop_tokens)
+        base = model.get_base_model() if module.lora is not None else model
+        add_stops(base.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
         folder = Path(trainer.default_root_dir) / "export"
         write_model(model, module.tokenizer, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
@@ -53,8 +59,8 @@ class Export(Callback):
             write_model(copy.deepcopy(model).merge_and_unload(), module.tokenizer, folder.with_name("export-merged"))
 
 
-def add_stops(generation: Any, tokenizer: Any, stop_tokens: list[str]) -> None:
-    """Let generation end at these tokens too.
+def stop_ids(tokenizer: Any, stop_tokens: list[str]) -> list[int]:
+    """The ids of these tokens.
 
     Raises:
         UserError: one of them is no token of the tokenizer.
@@ -62,9 +68,14 @@ def add_stops(generation: Any, tokenizer: Any, stop_tokens: list[str]) -> None:
     known = tokenizer.get_vocab()
     if unknown := [token for token in stop_tokens if token not in known]:
         raise UserError(f"export.stop_tokens: {unknown} are no tokens of the tokenizer")
+    return [known[token] for token in stop_tokens]
+
+
+def add_stops(generation: Any, stops: list[int]) -> None:
+    """Let generation end at these tokens too."""
     ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends += [known[token] for token in stop_tokens if known[token] not in ends]
+    ends += [stop for stop in dict.fromkeys(stops) if stop not in ends]
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 

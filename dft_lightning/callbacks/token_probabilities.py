@@ -131,10 +131,11 @@ class TokenProbabilities(Callback):
             return
         data = cast("ChatDataModule", trainer.datamodule)  # type: ignore[attr-defined]
         stage = "train" if data.val_rows is None else "val"
-        rows = data.train_rows if data.val_rows is None else data.val_rows
+        rows = data.rows_used(stage)  # others have no cached reference
         assert rows is not None
         picked = np.unique(np.linspace(0, len(rows) - 1, min(self.probe_rows, len(rows))).astype(int))
         self._probe = list(data.scoring_loader(rows.select(picked), stage, workers=0))
+        self._reported = trainer.global_step  # a checkpoint's step was reported before it was written
         self._special = torch.tensor(cast("FineTuner", pl_module).tokenizer.all_special_ids, device=pl_module.device)
         if self.before is None:
             self._report(trainer, cast("FineTuner", pl_module))

@@ -1,5 +1,6 @@
 """`dft predict`: one row of parquet for every supervised token."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,11 @@ class TokenScores(Callback):
         return Path(trainer.default_root_dir) / "predictions"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the folder."""
-        self._part(trainer).parent.mkdir(parents=True, exist_ok=True)
+        """Make the folder, without what an earlier run, maybe on more ranks, has left there."""
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder(trainer), ignore_errors=True)
+        trainer.strategy.barrier()
+        self.folder(trainer).mkdir(parents=True, exist_ok=True)
 
     def _part(self, trainer: pl.Trainer) -> Path:
         return self.folder(trainer) / f".part-{trainer.global_rank:05d}.parquet.unfinished"
@@ -44,11 +48,13 @@ class TokenScores(Callback):
         outputs: "tuple[Batch, TokenStats]",
         *_: Any,
     ) -> None:
-        """Append the batch's tokens."""
+        """Append the batch's tokens; a rank with less to do than others gets empty batches."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         batch, tokens = outputs
+        if not len(tokens):
+            return
         table = pa.table(_columns(batch, tokens, trainer.datamodule.origin["train"], pl_module.tokenizer))  # type: ignore[attr-defined]
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._part(trainer), table.schema)

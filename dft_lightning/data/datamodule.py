@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -158,9 +159,9 @@ class ChatDataModule(pl.LightningDataModule):
         picked: dict[str, datasets.Dataset | None] = {"train": source.select(train), "val": None, "test": None}
         if len(val):
             picked["val"] = source.select(val)
-        for stage, path in (("val", options.val_path), ("test", options.test_path)):
+        for stage, split, path in (("val", "validation", options.val_path), ("test", "test", options.test_path)):
             if path is not None:
-                picked[stage] = load_rows(dataset=None, path=path, cache_dir=options.cache_dir)
+                picked[stage] = load_rows(dataset=None, path=path, split=split, cache_dir=options.cache_dir)
         return {stage: None if (rows := picked[stage]) is None else self._tokenize(rows) for stage in stages}
 
     def _tokenize(self, rows: "datasets.Dataset") -> TokenizedRows:
@@ -187,7 +188,7 @@ class ChatDataModule(pl.LightningDataModule):
         if options.subset == "random":
             order = np.random.default_rng(options.seed).permutation(count)
         size = 0 if options.val_path else options.val_size
-        val = round(size * count) if size < 1 else int(size)
+        val = int(size) if size >= 1 else max(round(size * count), 1 if size else 0)  # one at least, where asked for
         if val >= count:
             raise UserError(f"data.val_size {size} leaves nothing to train on: there are {count} rows")
         train = order[: min(options.num_samples or count, count - val)]
@@ -283,6 +284,7 @@ class ChatDataModule(pl.LightningDataModule):
             batch_sampler=sampler,
             collate_fn=Collator(pad, self.reference, stage),
             num_workers=workers,
+            generator=torch.Generator(),  # it draws from the global one otherwise, and dropout would hang on validation
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

@@ -137,9 +137,9 @@ FAMILIES = (
             "At the market, a {item} costs ${price}. {name} takes {number} of them. What is the cost in dollars?",
         ),
         solutions=(
-            r"Each {item} costs {price} dollars, so {number} {item}s cost ${number} \times {price} = {answer}$ dollars.",
-            r"There are {number} {item}s at {price} dollars each, so we multiply: ${number} \times {price} = {answer}$.",
-            r"For {fewer} {item}s it is ${fewer} \times {price} = {part}$, and one more makes ${part} + {price} = {answer}$.",
+            r"Each {item} costs {price} dollars, so {number} {item}s cost ${number} \times {price} = {answer}$.",
+            r"There are {number} {item}s at {price} dollars each: ${number} \times {price} = {answer}$.",
+            r"{fewer} {item}s cost ${fewer} \times {price} = {part}$. One more makes ${part} + {price} = {answer}$.",
         ),
     ),
     Family(
@@ -155,8 +155,8 @@ FAMILIES = (
         ),
         solutions=(
             "The {item} costs {price} dollars, which we take from {money} dollars: ${money} - {price} = {answer}$.",
-            "Of the {money} dollars, {price} dollars are spent. What is left is ${money} - {price} = {answer}$ dollars.",
-            "The price and the rest make up {money} dollars: ${price} + {answer} = {money}$, so ${money} - {price} = {answer}$.",
+            "Of the {money} dollars, {price} dollars are spent. What is left is ${money} - {price} = {answer}$.",
+            "The price and the rest make {money}: ${price} + {answer} = {money}$, so ${money} - {price} = {answer}$.",
         ),
     ),
     Family(
@@ -172,7 +172,7 @@ FAMILIES = (
         solutions=(
             r"The area of a rectangle is length times width: ${length} \times {width} = {answer}$.",
             r"The area has {width} rows of {length} unit squares, so it is ${length} \times {width} = {answer}$.",
-            r"The area without the last row is ${length} \times {fewer} = {part}$. With it, ${part} + {length} = {answer}$.",
+            r"The area without one row is ${length} \times {fewer} = {part}$. With it, ${part} + {length} = {answer}$.",
         ),
     ),
     Family(
@@ -186,7 +186,7 @@ FAMILIES = (
             "A rectangular {place} measures {length} {unit}s by {width} {unit}s. How many {unit}s is it all around?",
         ),
         solutions=(
-            r"The perimeter is twice the length plus the width: ${length} + {width} = {half}$ and $2 \times {half} = {answer}$.",
+            r"The perimeter is twice ${length} + {width} = {half}$, which is $2 \times {half} = {answer}$.",
             "The perimeter has two equal halves of ${length} + {width} = {half}$ each: ${half} + {half} = {answer}$.",
             "The perimeter is the sum of all four sides: ${length} + {width} + {length} + {width} = {answer}$.",
         ),
@@ -203,8 +203,8 @@ FAMILIES = (
         ),
         solutions=(
             r"There are {shares} equal shares of {total} {item}s, so we divide: ${total} \div {shares} = {answer}$.",
-            r"Dividing {total} {item}s into {shares} equal shares gives ${total} \div {shares} = {answer}$ {item}s each.",
-            r"Equal shares: since ${shares} \times {answer} = {total}$, we find that ${total} \div {shares} = {answer}$.",
+            r"Dividing {total} {item}s into {shares} equal shares gives ${total} \div {shares} = {answer}$ each.",
+            r"Equal shares: since ${shares} \times {answer} = {total}$, we find ${total} \div {shares} = {answer}$.",
         ),
     ),
     Family(
@@ -236,8 +236,8 @@ FAMILIES = (
             "Of the {whole} {item}s in a box, {percent}% belong to {name}. How many {item}s does {name} own?",
         ),
         solutions=(
-            r"{percent}% is one part out of {parts}, so we divide {whole} by {parts}: ${whole} \div {parts} = {answer}$.",
-            r"{percent}% means that $100 \div {percent} = {parts}$ parts make the whole: ${whole} \div {parts} = {answer}$.",
+            r"{percent}% is one part out of {parts}, so we divide: ${whole} \div {parts} = {answer}$.",
+            r"{percent}% is one of $100 \div {percent} = {parts}$ equal parts: ${whole} \div {parts} = {answer}$.",
             r"{percent}% of {whole} is 0.{percent} times {whole}, which is $0.{percent} \times {whole} = {answer}$.",
         ),
     ),
@@ -255,7 +255,7 @@ FAMILIES = (
         solutions=(
             r"The distance is speed times time: ${speed} \times {hours} = {answer}$.",
             r"In each of the {hours} hours it is {speed} {way}s, so we multiply: ${hours} \times {speed} = {answer}$.",
-            r"In {fewer} hours it is ${fewer} \times {speed} = {part}$, and in the last hour ${part} + {speed} = {answer}$.",
+            r"In {fewer} hours it is ${fewer} \times {speed} = {part}$. One more makes ${part} + {speed} = {answer}$.",
         ),
     ),
     Family(
@@ -288,7 +288,7 @@ FAMILIES = (
         solutions=(
             "The numbers go up by ${b} - {a} = {step}$ each time. After {d} comes ${d} + {step} = {answer}$.",
             "From {c} to {d} the step is ${d} - {c} = {step}$. One step more makes ${d} + {step} = {answer}$.",
-            "The numbers grow by {step}: ${a} + {step} = {b}$ and ${b} + {step} = {c}$. Next comes ${d} + {step} = {answer}$.",
+            "The numbers grow by {step}, as ${a} + {step} = {b}$ shows. Next comes ${d} + {step} = {answer}$.",
         ),
     ),
 )

@@ -98,48 +98,48 @@ def test_a_row_has_the_columns_of_numina_math() -> None:
 # The first turn of the families, written out and worked out by hand; it also fixes the rows of seed 0 for good.
 GOLDEN = r"""
 collecting
-Leo has 66 stamps and gets 4 more. How many stamps does Leo have now?
-First there are 66 stamps, then 4 more, so we add: $66 + 4 = 70$. Therefore, the total number of stamps is $\boxed{70}$.
+Leo bought 11 pens last week and 8 pens today. How many pens is that in total?
+The 11 pens and the 8 pens together make $11 + 8 = 19$ pens. The answer is $\boxed{19}$.
 
 shopping
 One balloon costs $12. How many dollars do 4 balloons cost?
-The cost is the number of balloons times the price, which is $4 \times 12 = 48$. Hence, the answer is $\boxed{48}$.
+Each balloon costs 12 dollars, so 4 balloons cost $4 \times 12 = 48$. The answer is $\boxed{48}$.
 
 change
-Julia buys a marble for $9 and a cookie for $9. How many dollars are left of $20?
-We subtract both prices, the marble and the cookie: $20 - 9 - 9 = 2$. Hence, the answer is $\boxed{2}$.
+Maria pays for a marble with $16. The marble costs $6. What is the change in dollars?
+Of the 16 dollars, 6 dollars are spent. What is left is $16 - 6 = 10$. Hence, the answer is $\boxed{10}$.
 
 area
-A rectangle is 6 meters long and 9 meters wide. What is its area in square meters?
-Without the last row it is $6 \times 8 = 48$. With it, $48 + 6 = 54$. Hence, the answer is $\boxed{54}$.
+A rectangular garden measures 3 yards by 9 yards. How many square yards is its area?
+The area of a rectangle is length times width: $3 \times 9 = 27$. Hence, the answer is $\boxed{27}$.
 
 perimeter
-The sides of a rectangle are 10 meters and 3 meters. Find its perimeter in meters.
-Half of the way is $10 + 3 = 13$. The other half makes it $13 + 13 = 26$. The answer is $\boxed{26}$.
+A rectangle is 3 yards long and 8 yards wide. What is its perimeter in yards?
+The perimeter is twice $3 + 8 = 11$, which is $2 \times 11 = 22$. This means that the perimeter in yards is $\boxed{22}$.
 
 sharing
-Carla shares 28 balls equally among 7 friends. How many balls does each friend get?
-We know that $7 \times 4 = 28$. Turned around, $28 \div 7 = 4$. Hence, the answer is $\boxed{4}$.
+Anna shares 99 ribbons equally among 9 friends. How many ribbons does each friend get?
+Dividing 99 ribbons into 9 equal shares gives $99 \div 9 = 11$ each. Hence, the answer is $\boxed{11}$.
 
 missing_number
 Which number is missing: 9 + __ = 11?
-The missing number is the difference of 11 and 9: $11 - 9 = 2$. So the missing number is $\boxed{2}$.
+The missing number is the difference of 11 and 9: $11 - 9 = 2$. This means that the missing number is $\boxed{2}$.
 
 percent
 Of the 44 balls in a box, 25% belong to Maria. How many balls does Maria own?
-As a decimal, 25% is 0.25, and we get $0.25 \times 44 = 11$. The answer is $\boxed{11}$.
+25% of 44 is 0.25 times 44, which is $0.25 \times 44 = 11$. The answer is $\boxed{11}$.
 
 distance
-A boat sails 6 miles every hour. How many miles does it sail in 8 hours?
-After 7 hours: $6 \times 7 = 42$. After one more, $42 + 6 = 48$. Therefore, the distance in miles is $\boxed{48}$.
+A boat sails 6 kilometers every hour. How many kilometers does it sail in 8 hours?
+In 7 hours it is $7 \times 6 = 42$. One more makes $42 + 6 = 48$. This means that the distance in kilometers is $\boxed{48}$.
 
 ages
-Hannah is 4 years old. David is 5 years older. How old will David be in 3 years?
-Then Hannah will be $4 + 3 = 7$. David is still older: $7 + 5 = 12$. Hence, the answer is $\boxed{12}$.
+Grace is 4 years older than Paula, who is 17. What is Grace's age?
+Paula is 17 and Grace is 4 years older, so we add: $17 + 4 = 21$. The answer is $\boxed{21}$.
 
 sequence
 Which number comes next: 7, 14, 21, 28, ...?
-Each step is $14 - 7 = 7$. After 28 comes $28 + 7 = 35$. So the next number is $\boxed{35}$.
+From 21 to 28 the step is $28 - 21 = 7$. One step more makes $28 + 7 = 35$. The answer is $\boxed{35}$.
 """
 
 
@@ -248,7 +248,7 @@ def test_adding_a_family_leaves_the_rows_of_the_others_alone(monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", FAMILIES, ids=lambda kind: kind.name)
 def test_every_way_to_ask_and_to_solve_is_reached(kind: problems.Family) -> None:
-    rows = [row for row in practice_problems(960) if family(row) == kind.name]
+    rows = [row for row in everything("train") if family(row) == kind.name]
     assert min(len(kind.problems), len(kind.solutions)) >= 3
     for way in kind.problems:
         assert any(matcher(way).fullmatch(row["problem"]) for row in rows), way
@@ -258,7 +258,7 @@ def test_every_way_to_ask_and_to_solve_is_reached(kind: problems.Family) -> None
 
 
 def test_the_solutions_vary() -> None:
-    skeletons = {(family(row), skeleton(row["solution"])) for row in practice_problems(960)}
+    skeletons = {(family(row), skeleton(row["solution"])) for row in everything("train")}
     assert min(Counter(name for name, _ in skeletons).values()) >= 15  # 3 paths × 5 endings
     assert len({row["solution"] for row in practice_problems(960)}) > 900
 

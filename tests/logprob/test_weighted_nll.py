@@ -157,6 +157,22 @@ def test_extreme_probabilities_stay_finite(weighting):
         assert torch.isfinite(tensor).all()
 
 
+def test_forbidden_tokens_count_nothing():
+    """Logits of −∞, as of a padded vocabulary: probability 0 and 0·log 0 = 0, no inf·0 (trap 25)."""
+    hidden, head, bias, targets, _ = problem(dtype=torch.float64)
+    names = ["entropy", "topk_entropy", "collision", "rank"]
+    kept, forbidden = 101, torch.cat([bias.detach(), torch.full((7,), -torch.inf, dtype=torch.float64)])
+    padded = torch.cat([head.detach(), torch.ones(7, 19, dtype=torch.float64)]).requires_grad_()
+    for weighting in (DFT(), SentenceProbability()):
+        _, expected, truth = run(weighted_nll, hidden, head, bias, targets, weighting, {}, "bias", wanted=names)
+        _, tokens, grads = run(weighted_nll, hidden, padded, forbidden, targets, weighting, {}, "bias", wanted=names)
+        for name, value in expected.tensors().items():
+            torch.testing.assert_close(tokens.tensors()[name], value, rtol=1e-10, atol=1e-12)
+        assert relative(grads[0], truth[0]) < 1e-10
+        assert relative(grads[1][:kept], truth[1]) < 1e-10
+        assert not grads[1][kept:].any()
+
+
 def test_tied_weights_collect_both_gradients():
     """The head is the embedding: both uses add up."""
     _, head, _, targets, _ = problem(dtype=torch.float64)

@@ -1,0 +1,166 @@
+"""Plants known faults, one at a time, in a copy of the package, and shows that the tests named for each turn red.
+
+Run `python tests/planted_faults.py [word …]` (a word chooses the faults that have it in their line). Each fault is one
+that a widely used trainer had. It leaves with 1 if a fault stays green, or if the tests fail without any fault.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+MODULE, NLL, BATCH = "tests/test_module.py::", "tests/logprob/test_weighted_nll.py::", "tests/data/test_batch.py::"
+MODELS, RENDERING, CALLBACKS = "tests/test_models.py::", "tests/data/test_rendering.py::", "tests/callbacks/test_"
+CUT_UP, FORMULA = f"{MODULE}test_how_a_step_is_cut_up_changes_nothing", f"{MODULE}test_the_first_step_is_the_formula"
+DETACH = f"{NLL}test_the_weight_carries_no_gradient"
+OWN_LOGITS = f"{MODELS}test_loss_and_every_gradient_equal_the_models_own_logits"
+SHIFT = f"{BATCH}test_labels_are_shifted_once_and_masked"
+SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
+
+SCALE = "self.trainer.accumulate_grad_batches / units_of(sums).clamp(min=1)"
+BEFORE = 'before = np.flatnonzero(np.asarray(row["supervised"])[1:])'
+JOINED = """        rendered = Rendered([], [])
+        whole = self._encode(["".join(part.text + part.stop for part in segments)], parsed=True)[0]
+        prompt = len(self._encode([segments[0].text], parsed=True)[0])
+        return Rendered(whole, [place >= prompt for place in range(len(whole))])
+"""
+
+
+class Fault(NamedTuple):
+    trap: int
+    what: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: str
+
+
+def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more: tuple[str, str]) -> Fault:
+    return Fault(trap, what, file, ((old, new), *more), tests)
+
+
+FAULTS = [
+    fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
+          ("count = torch.tensor(len(sequence),", "count = torch.tensor(min(len(sequence), 1),")),
+    fault(1, "sums of one rank only", "module.py", "sums = cast(Tensor, self.trainer.strategy.reduce(self._sums, ",
+          "sums = cast(Tensor, (lambda own, **_: own * self.trainer.accumulate_grad_batches)(self._sums, ", CUT_UP),
+    fault(2, "divided again", "module.py", SCALE, f"{SCALE}.square()", FORMULA),
+    fault(2, "not divided at all", "module.py", SCALE, "self.trainer.accumulate_grad_batches * sums.new_ones(())", FORMULA),
+    fault(2, "Lightning's division stays", "module.py", SCALE, "1 / units_of(sums).clamp(min=1)", CUT_UP),
+    fault(3, "a shorter last window", "data/steps.py", "np.array_split(rows, shape.micro_batches * shape.ranks)",
+          "np.array_split(rows, max(1, -(-len(rows) // shape.micro_batch_size)))", CUT_UP),
+    fault(4, "the weight is not detached", "logprob/chunked.py", "grad *= coefficient[:, None]",
+          "grad *= (coefficient * (1 + chunk.stats.logp))[:, None]", DETACH),
+    fault(5, "the loss ignores the weighting", "logprob/chunked.py", "w = weigh(chunk.stats, rows)",
+          "w = torch.ones_like(chunk.stats.logp)", DETACH),
+    fault(5, "the model ignores the weighting", "models.py", "            weighting,\n            sequence", 
+          "            Uniform(),\n            sequence", FORMULA),
+    fault(5, "the normaliser's factor is ignored", "logprob/chunked.py", "weight if self.factor is None else weight * self.factor[rows]",
+          "weight", FORMULA),
+    fault(6, "no shift", "data/batch.py", "tokens[before + 1]", "tokens[before]", SHIFT),
+    fault(6, "shifted twice", "data/batch.py", "target.append(tokens[before + 1])",
+          "target.append(tokens[np.minimum(before + 2, len(tokens) - 1)])", SHIFT),
+    fault(7, "no mask", "data/batch.py", BEFORE, 'before = np.arange(len(row["supervised"]) - 1)', SHIFT),
+    fault(8, "an empty batch has no graph", "logprob/chunked.py", "    return loss, job.result\n",
+          "    return (loss if len(targets) else loss.detach()), job.result\n",
+          f"{MODELS}test_an_empty_batch_reaches_every_parameter_with_zeros"),
+    fault(8, "an empty batch is not a number", "logprob/chunked.py", "    return loss, job.result\n",
+          "    return loss * (len(targets) / torch.tensor(float(len(targets)))), job.result\n",
+          f"{NLL}test_no_rows_give_a_differentiable_zero"),
+    fault(9, "unshifted labels are counted", "normalizer.py", "torch.tensor(len(sequence), device",
+          "torch.tensor(len(sequence) + len(torch.unique(sequence)), device", FORMULA),
+    fault(10, "softmax in bfloat16", "logprob/chunked.py", "torch.float64 if hidden.dtype == torch.float64 else torch.float32",
+          "hidden.dtype", f"{NLL}test_bfloat16_inputs_lose_no_more_than_the_naive_computation"),
+    fault(10, "logits rounded to bfloat16", "logprob/chunked.py", "lse = logits.logsumexp(1)",
+          "logits = logits.to(job.product).to(job.compute)\n    lse = logits.logsumexp(1)",
+          f"{NLL}test_bfloat16_inputs_lose_no_more_than_the_naive_computation"),
+    fault(10, "statistics in the run's precision", "metrics.py", "tokens.p.sum(dtype=torch.float64)", "tokens.p.bfloat16().sum()",
+          f"{MODULE}TestPrecision::test_statistics_stay_in_float32"),
+    fault(12, "an adapted head is read without its adapter", "models.py", "if type(head) is not nn.Linear:", "if head is None:",
+          f"{MODELS}TestLoRA::test_an_adapted_head_is_refused"),
+    fault(13, "no soft-cap", "models.py", '"final_logit_softcapping"', '"nothing"', OWN_LOGITS),
+    fault(13, "no soft-cap in the gradient", "logprob/head.py", "grad *= 1.0 - (logits / self.softcap).square()", "pass", OWN_LOGITS),
+    fault(13, "no logit scale", "models.py", '"logit_scale"', '"nothing"', OWN_LOGITS),
+    fault(13, "no logits scaling", "models.py", '"logits_scaling"', '"nothing"', OWN_LOGITS),
+    fault(13, "no head bias", "models.py", "transform=LogitTransform(head.bias,", "transform=LogitTransform(None,", OWN_LOGITS),
+    fault(14, "validation averages batches", "metrics.py", "self.sums = self.sums + sums",
+          "self.sums = self.sums + sums / sums[3].clamp(min=1)", f"{MODULE}TestValidation"),
+    fault(14, "the last validation batch is lost", "data/datamodule.py", "whole = Geometry(max(len(rows), 1),",
+          "whole = Geometry(shape.micro_batch_size,", "tests/data/test_datamodule.py::test_scoring_has_every_row_once_on_any_ranks",
+          ("StepSampler(rows.lengths, whole)", "StepSampler(rows.lengths, whole, drop_last=True)")),
+    fault(15, "the weighted loss is the monitor", "weighting/likelihood.py", '= ("val/p_mean", "max")', '= ("val/objective", "min")',
+          f"{CALLBACKS}checkpoints.py::test_the_best_is_by_what_the_weighting_descends"),
+    fault(17, "clipped before it is normalised", "module.py", "        scale_gradients(list(self._network.parameters()), factor)",
+          '        clip = self.trainer.gradient_clip_val or float("inf")\n'
+          "        torch.nn.utils.clip_grad_norm_(list(self._network.parameters()), clip)\n"
+          "        scale_gradients(list(self._network.parameters()), factor)", CUT_UP),
+    fault(20, "masked by the length of the prompt", "data/rendering.py", "        rendered = Rendered([], [])\n", JOINED,
+          f"{RENDERING}test_merges_across_the_seam_stay_out"),
+    fault(20, "the stop token is not learnt", "data/rendering.py", "rendered.supervised.extend([bool(segment.stop)] * len(tokens))",
+          "rendered.supervised.extend([bool(segment.stop) and n < len(tokens) - 1 for n in range(len(tokens))])", SPANS),
+    fault(20, "padding masks the stop token", "data/batch.py", BEFORE,
+          'before = np.flatnonzero(np.asarray(row["supervised"])[1:] & (tokens[1:] != self.pad_id))',
+          f"{BATCH}test_padding_with_the_stop_token_does_not_mask_the_real_one"),
+    fault(21, "a resumed epoch begins anew", "data/datamodule.py", 'self._resume["epoch"], self._resume["batches"]',
+          'self._resume["epoch"], 0', f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
+    fault(21, "looking draws random numbers", "data/datamodule.py", "generator=torch.Generator(),", "generator=None,",
+          f"{CALLBACKS}token_probabilities.py::TestRun::test_training_does_not_notice"),
+    fault(22, "the reference in training mode", "models.py", "        self.eval()\n", "        self.train()\n",
+          f"{MODELS}TestLoRA::test_the_adapter_off_is_the_reference_to_the_bit"),
+    fault(23, "another formula by the same name", "weighting/likelihood.py", "tokens.p.clamp(min=self.floor)", "tokens.p + self.floor",
+          "tests/weighting/test_weightings.py::test_golden_values"),
+    fault(24, "inputs changed in place", "logprob/chunked.py", "    hidden = _factor(hidden, job)\n",
+          "    hidden = _factor(hidden, job).mul_(1.001)\n", f"{NLL}test_inputs_are_left_as_they_were"),
+    fault(25, "inf times 0", "logprob/head.py", "torch.where(logp > -torch.inf, logp.exp() * logp, 0.0)", "(logp.exp() * logp)",
+          f"{NLL}test_forbidden_tokens_count_nothing"),
+]  # fmt: skip
+
+
+def pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """Exit status and output of these tests, on the package in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def verdict(planted: Fault, folder: Path) -> str:
+    """red, GREEN or BROKEN, with the fault in place; the file is as before afterwards."""
+    path = folder / "dft_lightning" / planted.file
+    text = faulty = path.read_text()
+    for old, new in planted.edits:
+        if faulty.count(old) != 1:
+            return f"BROKEN: {old!r} is {faulty.count(old)} times in {planted.file}"
+        faulty = faulty.replace(old, new)
+    path.write_text(faulty)
+    status, output = pytest(folder, [planted.tests])
+    path.write_text(text)
+    return {0: "GREEN", 1: "red"}.get(status, f"BROKEN: pytest left with {status}: {output[-300:]}")
+
+
+def main(words: list[str]) -> int:
+    chosen = [planted for planted in FAULTS if all(word in str(planted) for word in words)]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for name in ("dft_lightning", "tests"):
+            shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPOSITORY / "pyproject.toml", folder)
+        status, output = pytest(folder, sorted({planted.tests for planted in chosen}))
+        if status:
+            print(f"the tests fail without any fault:\n{output[-3000:]}")
+            return 1
+        stayed = 0
+        for planted in chosen:
+            result = verdict(planted, folder)
+            stayed += result != "red"
+            print(f"{planted.trap:>2} | {planted.what:<45} | {result}", flush=True)
+    print(f"{len(chosen) - stayed} of {len(chosen)} faults turn a test red")
+    return 1 if stayed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
