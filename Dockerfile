@@ -53,6 +53,7 @@ COPY --chown=dft:dft configs configs
 
 ENV HOME=/workspace \
     HF_HOME=/cache/huggingface \
+    DFT_CACHE=/cache/dft-lightning \
     XDG_CACHE_HOME=/cache \
     TRITON_CACHE_DIR=/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \

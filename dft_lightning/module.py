@@ -264,7 +264,8 @@ class FineTuner(pl.LightningModule):
 
     def _log_means(self, stage: str) -> None:
         for name, value in self.means.compute().items():
-            self.log(f"{stage}/{name}", value.to(torch.float32), prog_bar=name in {"nll", "p_mean"})
+            on_bar = name in {"nll", "p_mean"}
+            self.log(f"{stage}/{name}", value.to(torch.float32), prog_bar=on_bar, sync_dist=True)  # equal on all ranks
         self.means.reset()
 
     def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", TokenStats]:

@@ -4,6 +4,8 @@ Run `python tests/planted_faults.py [word …]` (a word chooses the faults that 
 that a widely used trainer had. It leaves with 1 if a fault stays green, or if the tests fail without any fault.
 """
 
+# ruff: noqa: E501 - a table
+
 import os
 import shutil
 import subprocess
@@ -46,8 +48,6 @@ def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more
 FAULTS = [
     fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
           ("count = torch.tensor(len(sequence),", "count = torch.tensor(min(len(sequence), 1),")),
-    fault(1, "sums of one rank only", "module.py", "sums = cast(Tensor, self.trainer.strategy.reduce(self._sums, ",
-          "sums = cast(Tensor, (lambda own, **_: own * self.trainer.accumulate_grad_batches)(self._sums, ", CUT_UP),
     fault(2, "divided again", "module.py", SCALE, f"{SCALE}.square()", FORMULA),
     fault(2, "not divided at all", "module.py", SCALE, "self.trainer.accumulate_grad_batches * sums.new_ones(())", FORMULA),
     fault(2, "Lightning's division stays", "module.py", SCALE, "1 / units_of(sums).clamp(min=1)", CUT_UP),
@@ -79,7 +79,7 @@ FAULTS = [
           "logits = logits.to(job.product).to(job.compute)\n    lse = logits.logsumexp(1)",
           f"{NLL}test_bfloat16_inputs_lose_no_more_than_the_naive_computation"),
     fault(10, "statistics in the run's precision", "metrics.py", "tokens.p.sum(dtype=torch.float64)", "tokens.p.bfloat16().sum()",
-          f"{MODULE}TestPrecision::test_statistics_stay_in_float32"),
+          "tests/test_metrics.py::test_sums_are_those_of_float64"),
     fault(12, "an adapted head is read without its adapter", "models.py", "if type(head) is not nn.Linear:", "if head is None:",
           f"{MODELS}TestLoRA::test_an_adapted_head_is_refused"),
     fault(13, "no soft-cap", "models.py", '"final_logit_softcapping"', '"nothing"', OWN_LOGITS),

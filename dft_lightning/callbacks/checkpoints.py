@@ -81,6 +81,8 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "best")
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
         if name == "last":
             self._saved_at = trainer.global_step
         folder = checkpoint_folder(trainer.default_root_dir)

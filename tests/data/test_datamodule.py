@@ -155,7 +155,7 @@ class TestRows:
         data = made(rows_file, val_path=str(val), test_path=str(test))
         assert [len(rows) for rows in (data.train_rows, data.val_rows, data.test_rows)] == [26, 5, 3]
         assert sum(len(batch) for batch in data.test_dataloader()) == 3
-        with pytest.raises(UserError, match="set data.test_path"):
+        with pytest.raises(UserError, match=r"set data\.test_path"):
             made(rows_file).test_dataloader()
         assert made(rows_file).val_dataloader() == []
 
