@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo demo-compare test test-quick check format clean
+.PHONY: help setup demo test test-quick check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,10 +26,11 @@ test: $(READY)  ## the whole test suite, with coverage
 test-quick: $(READY) ## the tests that need neither the real model nor other processes
 	$(BIN)/python -m pytest -m 'not slow'
 
-check: $(READY) ## lint, format and types, as CI does
+check: $(READY) ## lint (the Dockerfile too), format and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(READY) ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .

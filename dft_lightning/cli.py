@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, TokenProbabilities, TokenScores
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
@@ -38,6 +39,7 @@ _TRAINER = {
 }
 #: The subfolders of a run.
 _CONTENTS = ("tensorboard", "checkpoints", "export", "export-merged", "predictions")
+_ASIDE = ".overwritten"
 #: What another run in the same folder may not change without being asked for it.
 _IDENTITY = ("model_name", "weighting", "normalize", "lora")
 
@@ -48,17 +50,19 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
-        if unknown := re.search(r"Expected a dot import path string: (\S+)", text):
-            text += _class_hint(text, unknown.group(1))
+        unknown = re.search(r'Parser key "(model.weighting|data)".*Expected a dot import path string: (\S+)', text)
+        if unknown:
+            text = _class_hint(*unknown.groups())
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 
 
-def _class_hint(text: str, name: str) -> str:
+def _class_hint(key: str, name: str) -> str:
     """What could have been meant by a class name that is not known."""
-    base: type = TokenWeighting if "weighting" in text else ChatDataModule
-    known = [cls.__name__ for cls in _subclasses(base) if cls.__module__.startswith("dft_lightning.")]
-    return f" — {name!r} is none of {', '.join(sorted(known))}; write a class of your own as file.Class"
+    base: type = TokenWeighting if key == "model.weighting" else ChatDataModule
+    known = [cls.__name__ for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
+    known = sorted(name for name in known if name != "TokenWeighting")
+    return f"--{key} {name!r} is none of {', '.join(known)}; write a class of your own as file.Class"
 
 
 def _subclasses(base: type) -> list[type]:
@@ -78,6 +82,11 @@ class SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, unfinished, skip_none=False, overwrite=True, multifile=False)
             unfinished.rename(folder / "config.yaml")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is in place: what `--overwrite` has set aside can go."""
+        if trainer.is_global_zero:
+            shutil.rmtree(Path(trainer.default_root_dir) / _ASIDE, ignore_errors=True)
+
 
 class CommandLine(LightningCLI):
     """LightningCLI with a run folder, callbacks that are always there, and options that win over a checkpoint's."""
@@ -95,7 +104,7 @@ class CommandLine(LightningCLI):
             "--overwrite",
             type=bool,
             default=False,
-            help="Start a fit anew: remove what an earlier one left in run_dir, in place of going on with it.",
+            help="Start a fit anew: what an earlier one left in run_dir is removed when the training begins.",
         )
         adamw = PAPERS_ADAMW | {"betas": list(PAPERS_ADAMW["betas"])}
         parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": adamw}})
@@ -115,10 +124,9 @@ class CommandLine(LightningCLI):
         """Find the checkpoint to start from, before anything heavy happens."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
-        if self.subcommand == "fit" and config.overwrite:
-            for name in _CONTENTS:
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
         asked = config.get("ckpt_path")
+        if self.subcommand == "fit" and config.overwrite:
+            _set_aside(self.run_dir)
         config.ckpt_path = find_checkpoint(self.run_dir, asked, self.subcommand)
         if self.subcommand == "fit" and config.ckpt_path is not None:
             self._stored, self._step = _read(config.ckpt_path)
@@ -172,6 +180,17 @@ def _root(error: BaseException) -> BaseException:
     while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
         error = earlier
     return error
+
+
+@rank_zero_only
+def _set_aside(run_dir: Path) -> None:
+    """Move what an earlier run left out of the way; it is removed when the new one begins to train."""
+    aside = run_dir / _ASIDE
+    for name in _CONTENTS:
+        if (run_dir / name).exists():
+            shutil.rmtree(aside / name, ignore_errors=True)
+            aside.mkdir(exist_ok=True)
+            (run_dir / name).rename(aside / name)
 
 
 def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:

@@ -91,6 +91,8 @@ class FineTuner(pl.LightningModule):
             reference,
         )
         self.network: WeightedLM | None = None
+        self.is_initial = False
+        """Whether the weights are those that were loaded: not trained yet, and no checkpoint's."""
         self.means = TokenMeans()
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
@@ -127,6 +129,7 @@ class FineTuner(pl.LightningModule):
             return
         self.source.dtype = self._weights_dtype()
         self.network = WeightedLM(self.initial_model())
+        self.is_initial = True
         if self.gradient_checkpointing:
             self._network.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -153,7 +156,7 @@ class FineTuner(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of training done, 0 to 1."""
-        return min(self.trainer.global_step / max(self.total_steps, 1), 1.0) if self.trainer.training else 1.0
+        return min(self.trainer.global_step / max(self.total_steps, 1), 1.0) if self.trainer.state.fn == "fit" else 1.0
 
     def score(self, batch: "Batch", wanted: frozenset[str] = frozenset()) -> tuple[Tensor, TokenStats]:
         """The loss of a micro-batch (a sum) and its tokens' statistics, weights included."""
@@ -186,6 +189,7 @@ class FineTuner(pl.LightningModule):
         Lightning has divided each loss by the accumulation and averages gradients over ranks; both are undone here.
         """
         assert self._sums is not None
+        self.is_initial = False
         sums = cast(Tensor, self.trainer.strategy.reduce(self._sums, reduce_op="sum"))
         self._sums = None
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / units_of(sums).clamp(min=1)
@@ -235,7 +239,7 @@ class FineTuner(pl.LightningModule):
     def _prepare_reference(self, stages: list[str]) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            prepare_reference(self, data, stages, restored=self.trainer.ckpt_path is not None)
+            prepare_reference(self, data, stages)
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of tokens/s."""
@@ -288,6 +292,7 @@ class FineTuner(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say where the run's options differ from the checkpoint's; the run's are in force."""
+        self.is_initial = False
         then, now = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
         changed = [f"{key}: {then[key]!r} → {now[key]!r}" for key in now if key in then and then[key] != now[key]]
         if changed:

@@ -61,18 +61,17 @@ class RowValues:
         )
 
 
-def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Iterable[str], restored: bool) -> None:
+def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Iterable[str]) -> None:
     """Give the data module the reference log-probabilities of what this run uses of `stages`, computed where missing.
 
-    Args:
-        restored: the live model holds a checkpoint's weights, so that the initial model has to be loaded beside it.
+    Where the live model is no longer the initial one, that is loaded beside it.
     """
     if "ref_logp" not in module.weighting.needs or module.adapter_is_reference:
         return
     network = module.network
     assert network is not None
-    if restored:
-        rank_zero_info("Loading the initial model beside the restored one, for the reference log-probabilities")
+    if not module.is_initial:
+        rank_zero_info("Loading the initial model beside the present one, for the reference log-probabilities")
         network = WeightedLM(module.initial_model()).to(module.device)
     weights = fingerprint(network)
     for stage in stages:
@@ -82,9 +81,14 @@ def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Itera
 
 
 def fingerprint(network: nn.Module) -> str:
-    """sha256 over all weights of a model, whatever its name and files are called."""
+    """sha256 over all weights of a model, whatever its name and files are called.
+
+    Not over LoRA's, which are random at the start and change nothing there.
+    """
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
+        if "lora_" in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -168,7 +168,11 @@ class TestFit:
             "--ckpt_path",
         )
         assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == stamp
+        nowhere = ("--model.model_name", "/no/model", "--overwrite", "true")
+        fails(lambda: dft("fit", "--model.weighting", "Uniform", *nowhere), capsys, "/no/model")
+        assert Path("run/.overwritten/checkpoints/last.ckpt").stat().st_mtime_ns == stamp  # not lost by a false start
         assert dft("fit", "--model.weighting", "Uniform", "--overwrite", "true") == 0
+        assert not Path("run/.overwritten").exists()
         assert sorted(scalars("run")["train/nll"]) == [0, 1, 2]
 
     def test_options_win_over_those_in_a_checkpoint(self, dft, capsys):

@@ -232,6 +232,20 @@ class TestReference:
             _, recorder, _ = fit(model_dir, rows_file, ImportanceWeighted(), module=fast | more)
             assert abs(recorder.logged[-1]["train/weight_mean"] - 1.0) > 0.01
 
+    def test_validating_a_trained_model_compares_with_the_initial_one(self, model_dir, rows_file, tmp_path):
+        """Not with itself: right after a fit, and from a checkpoint."""
+        val = write_jsonl(tmp_path / "val.jsonl", sums(5, seed=5))
+        fast = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "warmup_ratio": 0.0}
+        finetuner, _, trainer = fit(
+            model_dir, rows_file, ImportanceWeighted(), module=fast, data={"val_path": str(val)}, max_steps=3
+        )
+        (after,) = trainer.validate(finetuner, trainer.datamodule, verbose=False)
+        assert abs(after["val/weight_mean"] - 1.0) > 0.01
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        back = FineTuner.load_from_checkpoint(tmp_path / "x.ckpt")
+        (again,) = trainer.validate(back, trainer.datamodule, verbose=False)
+        assert again["val/weight_mean"] == pytest.approx(after["val/weight_mean"], rel=1e-6)
+
 
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

@@ -141,6 +141,8 @@ class ChatDataModule(pl.LightningDataModule):
             if rows is not None and stage == "fit":
                 rank_zero_info(f"{name}: {rows.report}")
         self.train_rows, self.val_rows, self.test_rows = loaded["train"], loaded["val"], loaded["test"]
+        if self.trainer is not None:
+            _refuse_resampling(self.trainer)
         if self.trainer is not None and stage == "fit":
             self._align(self.trainer)
 
@@ -330,6 +332,14 @@ class NuminaMathDataModule(ChatDataModule):
             completion=completion,
             end_of_response=end_of_response,
             **kwargs,
+        )
+
+
+def _refuse_resampling(trainer: pl.Trainer) -> None:
+    """Lightning's own sampler would shuffle and repeat rows behind our back."""
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise UserError(
+            "several devices: set Trainer(use_distributed_sampler=False); the data module deals out the rows"
         )
 
 
