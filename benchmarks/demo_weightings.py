@@ -40,8 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     header = None
     for seed in options.seeds:
-        for name, weighting in WEIGHTINGS.items():
-            folder = f"runs/demo-{name.split('(')[0].lower()}-{len(weighting)}-{seed}"
+        for number, (name, weighting) in enumerate(WEIGHTINGS.items()):
+            folder = f"runs/demo-weightings/{number}-{seed}"
             before, after = demo(
                 [*weighting, "--run_dir", folder, "--seed_everything", str(seed), "--data.seed", str(seed)]
             )

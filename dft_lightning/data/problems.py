@@ -106,7 +106,7 @@ CAST = {
 FAMILIES = (
     Family(
         name="collecting",
-        asked="the number of {item}s",
+        asked="the total number of {item}s",
         given=[{"have": have, "more": more} for have in range(11, 60) if have % 10 for more in range(2, 10)],
         derive=lambda have, more: {
             "answer": have + more,
@@ -121,15 +121,15 @@ FAMILIES = (
             "One bag holds {have} {item}s, another bag holds {more}. How many {item}s do both bags hold together?",
         ),
         solutions=(
+            "To find {asked}, we add {more} to {have}: ${have} + {more} = {answer}$.",
             "There are {have} {item}s and {more} more {item}s, so we add: ${have} + {more} = {answer}$.",
-            "The {have} {item}s and the {more} {item}s together make ${have} + {more} = {answer}$ {item}s.",
-            "The ones make ${ones} + {more} = {sum}$. With the tens of {have} this is ${tens} + {sum} = {answer}$.",
+            "First, we add the ones: ${ones} + {more} = {sum}$. Then, we add the tens: ${tens} + {sum} = {answer}$.",
         ),
     ),
     Family(
         name="shopping",
         asked="the total cost in dollars",
-        given=[{"price": price, "number": number} for price, number in product(range(2, 13), range(3, 10))],
+        given=[{"price": price, "number": number} for price, number in product(range(2, 11), range(3, 10))],
         derive=lambda price, number: {"answer": price * number, "fewer": number - 1, "part": price * (number - 1)},
         problems=(
             "{name} buys {number} {item}s for ${price} each. How many dollars does {name} pay?",
@@ -137,9 +137,9 @@ FAMILIES = (
             "At the market, a {item} costs ${price}. {name} takes {number} of them. What is the cost in dollars?",
         ),
         solutions=(
+            r"To find {asked}, we multiply the number of {item}s by the price: ${number} \times {price} = {answer}$.",
             r"Each {item} costs {price} dollars, so {number} {item}s cost ${number} \times {price} = {answer}$.",
-            r"There are {number} {item}s at {price} dollars each: ${number} \times {price} = {answer}$.",
-            r"{fewer} {item}s cost ${fewer} \times {price} = {part}$. One more makes ${part} + {price} = {answer}$.",
+            r"First, {fewer} {item}s cost ${fewer} \times {price} = {part}$. One more: ${part} + {price} = {answer}$.",
         ),
     ),
     Family(
@@ -154,25 +154,25 @@ FAMILIES = (
             "From a gift of ${money}, {name} spends ${price} on a {item}. How many dollars remain?",
         ),
         solutions=(
-            "The {item} costs {price} dollars, which we take from {money} dollars: ${money} - {price} = {answer}$.",
-            "Of the {money} dollars, {price} dollars are spent. What is left is ${money} - {price} = {answer}$.",
-            "The price and the rest make {money}: ${price} + {answer} = {money}$, so ${money} - {price} = {answer}$.",
+            "To find {asked}, we subtract the price of the {item}: ${money} - {price} = {answer}$.",
+            "The {item} costs {price} dollars, so we subtract {price} from {money}: ${money} - {price} = {answer}$.",
+            "Of the {money} dollars, {price} dollars are spent, so we subtract: ${money} - {price} = {answer}$.",
         ),
     ),
     Family(
         name="area",
         asked="the area in square {unit}s",
-        given=[{"length": a, "width": b} for a, b in product(range(3, 13), range(3, 10)) if a != b],
-        derive=lambda length, width: {"answer": length * width, "fewer": width - 1, "part": length * (width - 1)},
+        given=[{"length": a, "width": b} for a, b in product(range(3, 13), range(2, 10)) if a != b],
+        derive=lambda length, width: {"answer": length * width},
         problems=(
             "A rectangle is {length} {unit}s long and {width} {unit}s wide. What is its area in square {unit}s?",
             "The sides of a rectangle are {length} {unit}s and {width} {unit}s. Find its area in square {unit}s.",
             "A rectangular {place} measures {length} {unit}s by {width} {unit}s. How many square {unit}s is its area?",
         ),
         solutions=(
-            r"The area of a rectangle is length times width: ${length} \times {width} = {answer}$.",
-            r"The area has {width} rows of {length} unit squares, so it is ${length} \times {width} = {answer}$.",
-            r"The area without one row is ${length} \times {fewer} = {part}$. With it, ${part} + {length} = {answer}$.",
+            r"To find {asked}, we multiply the length by the width: ${length} \times {width} = {answer}$.",
+            r"The area of a rectangle is its length times its width, so it is ${length} \times {width} = {answer}$.",
+            r"There are {width} rows of {length} unit squares, so we multiply: ${width} \times {length} = {answer}$.",
         ),
     ),
     Family(
@@ -186,31 +186,31 @@ FAMILIES = (
             "A rectangular {place} measures {length} {unit}s by {width} {unit}s. How many {unit}s is it all around?",
         ),
         solutions=(
-            r"The perimeter is twice ${length} + {width} = {half}$, which is $2 \times {half} = {answer}$.",
-            "The perimeter has two equal halves of ${length} + {width} = {half}$ each: ${half} + {half} = {answer}$.",
-            "The perimeter is the sum of all four sides: ${length} + {width} + {length} + {width} = {answer}$.",
+            "To find {asked}, we add all four sides: ${length} + {width} + {length} + {width} = {answer}$.",
+            r"The length plus the width is ${length} + {width} = {half}$. Twice that is $2 \times {half} = {answer}$.",
+            "The two halves of the perimeter are ${length} + {width} = {half}$ each: ${half} + {half} = {answer}$.",
         ),
     ),
     Family(
         name="sharing",
         asked="the number of {item}s in each share",
-        given=[{"total": a * b, "shares": b} for a, b in product(range(3, 13), range(2, 10))],
-        derive=lambda total, shares: {"answer": total // shares, "fewer": total // shares - 1, "part": total - shares},
+        given=[{"total": a * b, "shares": b} for a, b in product(range(2, 11), range(2, 10))],
+        derive=lambda total, shares: {"answer": total // shares},
         problems=(
             "{name} shares {total} {item}s equally among {shares} friends. How many {item}s does each friend get?",
             "{name} packs {total} {item}s equally into {shares} bags. How many {item}s are in each bag?",
             "{name} lays {total} {item}s in {shares} equal rows. How many {item}s are in each row?",
         ),
         solutions=(
-            r"There are {shares} equal shares of {total} {item}s, so we divide: ${total} \div {shares} = {answer}$.",
-            r"Dividing {total} {item}s into {shares} equal shares gives ${total} \div {shares} = {answer}$ each.",
-            r"Equal shares: since ${shares} \times {answer} = {total}$, we find ${total} \div {shares} = {answer}$.",
+            r"To find {asked}, we divide {total} by {shares}: ${total} \div {shares} = {answer}$.",
+            r"The {total} {item}s make {shares} equal shares, so we divide: ${total} \div {shares} = {answer}$.",
+            r"We know that ${shares} \times {answer} = {total}$, so each share is ${total} \div {shares} = {answer}$.",
         ),
     ),
     Family(
         name="missing_number",
         asked="the missing number",
-        given=[{"known": known, "total": known + gap} for known, gap in product(range(3, 41), range(2, 10))],
+        given=[{"known": known, "total": known + gap} for known, gap in product(range(3, 31), range(2, 10))],
         derive=lambda known, total: {"answer": total - known},
         problems=(
             "Which number must be added to {known} to get {total}?",
@@ -219,15 +219,15 @@ FAMILIES = (
             "Which number is missing: {known} + __ = {total}?",
         ),
         solutions=(
-            "The missing number is the difference of {total} and {known}: ${total} - {known} = {answer}$.",
-            "Let $x + {known} = {total}$. We subtract {known} on both sides: $x = {total} - {known} = {answer}$.",
-            "The missing number fills the gap from {known} to {total}, which is ${total} - {known} = {answer}$.",
+            "To find {asked}, we subtract {known} from {total}: ${total} - {known} = {answer}$.",
+            "Let $x + {known} = {total}$. We subtract {known} from both sides: $x = {total} - {known} = {answer}$.",
+            "The missing number is the difference between {total} and {known}: ${total} - {known} = {answer}$.",
         ),
     ),
     Family(
         name="percent",
         asked="{percent}% of {whole}",
-        given=[{"percent": p, "whole": 100 // p * part} for p, part in product((10, 20, 25, 50), range(2, 22))],
+        given=[{"percent": p, "whole": 100 // p * part} for p, part in product((10, 20, 25, 50), range(2, 16))],
         derive=lambda percent, whole: {"answer": whole * percent // 100, "parts": 100 // percent},
         problems=(
             "What is {percent}% of {whole}?",
@@ -236,15 +236,15 @@ FAMILIES = (
             "Of the {whole} {item}s in a box, {percent}% belong to {name}. How many {item}s does {name} own?",
         ),
         solutions=(
-            r"{percent}% is one part out of {parts}, so we divide: ${whole} \div {parts} = {answer}$.",
-            r"{percent}% is one of $100 \div {percent} = {parts}$ equal parts: ${whole} \div {parts} = {answer}$.",
-            r"{percent}% of {whole} is 0.{percent} times {whole}, which is $0.{percent} \times {whole} = {answer}$.",
+            r"To find {asked}, we divide {whole} by {parts}: ${whole} \div {parts} = {answer}$.",
+            r"Since {percent}% is one part out of {parts}, we divide by {parts}: ${whole} \div {parts} = {answer}$.",
+            r"We write {percent}% as 0.{percent} and multiply it by {whole}: $0.{percent} \times {whole} = {answer}$.",
         ),
     ),
     Family(
         name="distance",
         asked="the distance in {way}s",
-        given=[{"speed": a, "hours": b} for a, b in product((*range(3, 13), 15, 20), range(3, 10))],
+        given=[{"speed": a, "hours": b} for a, b in product(range(3, 13), range(3, 10))],
         derive=lambda speed, hours: {"answer": speed * hours, "fewer": hours - 1, "part": speed * (hours - 1)},
         problems=(
             "{name} cycles at {speed} {way}s per hour for {hours} hours. How many {way}s does {name} cycle?",
@@ -253,9 +253,9 @@ FAMILIES = (
             "A balloon drifts for {hours} hours, {speed} {way}s in each hour. How many {way}s does it drift?",
         ),
         solutions=(
-            r"The distance is speed times time: ${speed} \times {hours} = {answer}$.",
-            r"In each of the {hours} hours it is {speed} {way}s, so we multiply: ${hours} \times {speed} = {answer}$.",
-            r"In {fewer} hours it is ${fewer} \times {speed} = {part}$. One more makes ${part} + {speed} = {answer}$.",
+            r"To find {asked}, we multiply the speed by the time: ${speed} \times {hours} = {answer}$.",
+            r"Each hour adds {speed} {way}s, so {hours} hours make ${hours} \times {speed} = {answer}$ {way}s.",
+            r"First, {fewer} hours make ${fewer} \times {speed} = {part}$. One more: ${part} + {speed} = {answer}$.",
         ),
     ),
     Family(
@@ -267,12 +267,11 @@ FAMILIES = (
             "{friend} is {age} years old. {name} is {gap} years older. How old is {name}?",
             "{name} is {gap} years older than {friend}, who is {age}. What is {name}'s age?",
             "How old is {name}, if {friend} is {age} years old and {name} is {gap} years older?",
-            "When {friend} was born, {name} was {gap} years old. Now {friend} is {age}. How old is {name} now?",
         ),
         solutions=(
+            "To find {asked}, we add {gap} to {friend}'s age: ${age} + {gap} = {answer}$.",
             "{friend} is {age} and {name} is {gap} years older, so we add: ${age} + {gap} = {answer}$.",
-            "{name} is {gap} years older than {friend}, so {name}'s age is ${age} + {gap} = {answer}$.",
-            "When {friend} was born, {name} was {gap}. Since then {age} years have passed: ${gap} + {age} = {answer}$.",
+            "When {friend} was born, {name} was {gap}. After {age} years, {name} is ${gap} + {age} = {answer}$.",
         ),
     ),
     Family(
@@ -286,9 +285,9 @@ FAMILIES = (
             "{name} writes down {a}, {b}, {c}, {d} and goes on in the same way. What is the next number?",
         ),
         solutions=(
-            "The numbers go up by ${b} - {a} = {step}$ each time. After {d} comes ${d} + {step} = {answer}$.",
-            "From {c} to {d} the step is ${d} - {c} = {step}$. One step more makes ${d} + {step} = {answer}$.",
-            "The numbers grow by {step}, as ${a} + {step} = {b}$ shows. Next comes ${d} + {step} = {answer}$.",
+            "To find {asked}, we add the step ${d} - {c} = {step}$ to the last number: ${d} + {step} = {answer}$.",
+            "The difference between the numbers is ${b} - {a} = {step}$, so we add {step}: ${d} + {step} = {answer}$.",
+            "The numbers go up by {step}, since ${a} + {step} = {b}$. After {d} comes ${d} + {step} = {answer}$.",
         ),
     ),
 )

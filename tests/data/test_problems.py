@@ -99,48 +99,48 @@ def test_a_row_has_the_columns_of_numina_math() -> None:
 GOLDEN = r"""
 collecting
 Leo bought 11 pens last week and 8 pens today. How many pens is that in total?
-The 11 pens and the 8 pens together make $11 + 8 = 19$ pens. The answer is $\boxed{19}$.
+There are 11 pens and 8 more pens, so we add: $11 + 8 = 19$. The answer is $\boxed{19}$.
 
 shopping
-One balloon costs $12. How many dollars do 4 balloons cost?
-Each balloon costs 12 dollars, so 4 balloons cost $4 \times 12 = 48$. The answer is $\boxed{48}$.
+David buys 9 books for $4 each. How many dollars does David pay?
+First, 8 books cost $8 \times 4 = 32$. One more: $32 + 4 = 36$. Therefore, the total cost in dollars is $\boxed{36}$.
 
 change
 Maria pays for a marble with $16. The marble costs $6. What is the change in dollars?
-Of the 16 dollars, 6 dollars are spent. What is left is $16 - 6 = 10$. Hence, the answer is $\boxed{10}$.
+The marble costs 6 dollars, so we subtract 6 from 16: $16 - 6 = 10$. Hence, the answer is $\boxed{10}$.
 
 area
-A rectangular garden measures 3 yards by 9 yards. How many square yards is its area?
-The area of a rectangle is length times width: $3 \times 9 = 27$. Hence, the answer is $\boxed{27}$.
+The sides of a rectangle are 4 centimeters and 8 centimeters. Find its area in square centimeters.
+There are 8 rows of 4 unit squares, so we multiply: $8 \times 4 = 32$. This means that the area in square centimeters is $\boxed{32}$.
 
 perimeter
 A rectangle is 3 yards long and 8 yards wide. What is its perimeter in yards?
-The perimeter is twice $3 + 8 = 11$, which is $2 \times 11 = 22$. This means that the perimeter in yards is $\boxed{22}$.
+To find the perimeter in yards, we add all four sides: $3 + 8 + 3 + 8 = 22$. This means that the perimeter in yards is $\boxed{22}$.
 
 sharing
-Anna shares 99 ribbons equally among 9 friends. How many ribbons does each friend get?
-Dividing 99 ribbons into 9 equal shares gives $99 \div 9 = 11$ each. Hence, the answer is $\boxed{11}$.
+Hugo lays 42 candles in 6 equal rows. How many candles are in each row?
+The 42 candles make 6 equal shares, so we divide: $42 \div 6 = 7$. This means that the number of candles in each share is $\boxed{7}$.
 
 missing_number
-Which number is missing: 9 + __ = 11?
-The missing number is the difference of 11 and 9: $11 - 9 = 2$. This means that the missing number is $\boxed{2}$.
+Which number must be added to 30 to get 32?
+Let $x + 30 = 32$. We subtract 30 from both sides: $x = 32 - 30 = 2$. So the missing number is $\boxed{2}$.
 
 percent
-Of the 44 balls in a box, 25% belong to Maria. How many balls does Maria own?
-25% of 44 is 0.25 times 44, which is $0.25 \times 44 = 11$. The answer is $\boxed{11}$.
+Carla makes 150 pens and sells 10% of them. How many pens are sold?
+To find 10% of 150, we divide 150 by 10: $150 \div 10 = 15$. Therefore, 10% of 150 is $\boxed{15}$.
 
 distance
-A boat sails 6 kilometers every hour. How many kilometers does it sail in 8 hours?
-In 7 hours it is $7 \times 6 = 42$. One more makes $42 + 6 = 48$. This means that the distance in kilometers is $\boxed{48}$.
+A boat sails 7 miles every hour. How many miles does it sail in 9 hours?
+First, 8 hours make $8 \times 7 = 56$. One more: $56 + 7 = 63$. Hence, the answer is $\boxed{63}$.
 
 ages
-Grace is 4 years older than Paula, who is 17. What is Grace's age?
-Paula is 17 and Grace is 4 years older, so we add: $17 + 4 = 21$. The answer is $\boxed{21}$.
+Emma is 4 years older than Kim, who is 6. What is Emma's age?
+To find Emma's age, we add 4 to Kim's age: $6 + 4 = 10$. So Emma's age is $\boxed{10}$.
 
 sequence
 Which number comes next: 7, 14, 21, 28, ...?
-From 21 to 28 the step is $28 - 21 = 7$. One step more makes $28 + 7 = 35$. The answer is $\boxed{35}$.
-"""
+The difference between the numbers is $14 - 7 = 7$, so we add 7: $28 + 7 = 35$. The answer is $\boxed{35}$.
+"""  # noqa: E501
 
 
 def test_golden_rows() -> None:
@@ -215,7 +215,7 @@ def test_no_problem_comes_twice(seed: int) -> None:
 
 def test_there_are_thousands_and_a_fifth_is_held_out() -> None:
     train, held_out = map(available, SPLITS)
-    assert train > 4500
+    assert train > 4000
     assert 0.15 < held_out / (train + held_out) < 0.25
 
 
@@ -232,7 +232,7 @@ def test_an_unknown_split_is_refused() -> None:
         practice_problems(1, split="test")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 960), ("held_out", 48), ("held_out", 500)])
+@pytest.mark.parametrize(("split", "count"), [("train", 960), ("held_out", 48), ("held_out", 300)])
 def test_the_families_take_turns(split: Split, count: int) -> None:
     shares = Counter(family(row) for row in practice_problems(count, seed=4, split=split))
     assert len(shares) == len(FAMILIES) >= 8
