@@ -3,7 +3,8 @@
 #   docker build --tag dft-lightning .
 #   mkdir -p runs
 #   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" \
-#       --volume dft-cache:/cache --volume "$PWD/runs:/workspace/runs" dft-lightning fit --config configs/dft.yaml
+#       --volume dft-cache:/cache --volume "$PWD/runs:/workspace/runs" dft-lightning fit \
+#       --config configs/base.yaml --config configs/dft.yaml --config configs/models/qwen2.5-math-1.5b.yaml
 #
 # Several processes: `--entrypoint torchrun`. The node needs only the NVIDIA driver and its container toolkit: torch's
 # wheel on PyPI brings CUDA 13.0 along (driver 580 or later). For an older driver, name PyTorch's index of an older

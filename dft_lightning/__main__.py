@@ -10,7 +10,7 @@ _COMMANDS = {
     "validate": "mean NLL, mean p, top-1 and objective on the validation rows",
     "test": "the same on data.test_path",
     "predict": "log p, entropy, rank and weight of every token, to parquet",
-    "demo": "fine-tune the embedded model on practice problems and compare before and after",
+    "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
 _OWN = {"demo": "dft_lightning.demo"}
 

@@ -20,7 +20,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, TokenProbabilities, TokenScores
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
@@ -37,11 +36,11 @@ _TRAINER = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-#: The subfolders of a run.
-_CONTENTS = ("tensorboard", "checkpoints", "export", "export-merged", "predictions")
+#: What belongs to a run.
+_CONTENTS = ("config.yaml", "tensorboard", "checkpoints", "export", "export-merged", "predictions")
 _ASIDE = ".overwritten"
 #: What another run in the same folder may not change without being asked for it.
-_IDENTITY = ("model_name", "weighting", "normalize", "lora")
+_IDENTITY = ("model_name", "weighting", "normalize", "lora", "tokenizer_name", "chat_template")
 
 
 class Parser(LightningArgumentParser):
@@ -79,13 +78,21 @@ class SaveConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = folder / ".config.yaml.unfinished"
-            self.parser.save(self.config, unfinished, skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config.ckpt_path, config.overwrite = None, False  # of this start, not of the run
+            self.parser.save(config, unfinished, skip_none=False, overwrite=True, multifile=False)
             unfinished.rename(folder / "config.yaml")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is in place: what `--overwrite` has set aside can go."""
         if trainer.is_global_zero:
             shutil.rmtree(Path(trainer.default_root_dir) / _ASIDE, ignore_errors=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A false start: what was set aside comes back."""
+        run_dir = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and (run_dir / _ASIDE).exists():
+            _move(run_dir / _ASIDE, run_dir)
 
 
 class CommandLine(LightningCLI):
@@ -125,10 +132,9 @@ class CommandLine(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         asked = config.get("ckpt_path")
-        if self.subcommand == "fit" and config.overwrite:
-            _set_aside(self.run_dir)
-        config.ckpt_path = find_checkpoint(self.run_dir, asked, self.subcommand)
-        if self.subcommand == "fit" and config.ckpt_path is not None:
+        anew = self.subcommand == "fit" and config.overwrite and asked in (None, "last")
+        config.ckpt_path = None if anew else find_checkpoint(self.run_dir, asked, self.subcommand)
+        if config.ckpt_path is not None:
             self._stored, self._step = _read(config.ckpt_path)
             self._asked = asked not in (None, "last")
         if self.subcommand == "predict":
@@ -146,6 +152,13 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
         now = dict(self.model.hparams)
+        if self._stored and self._stored["lora"] != now["lora"]:
+            raise UserError(
+                f"the checkpoint has model.lora {self._stored['lora']}, this run {now['lora']}: its weights do not "
+                "fit; give the same model.lora"
+            )
+        if self.subcommand != "fit":
+            return
         changed = [f"model.{key}: {then!r} → {now[key]!r}" for key, then in self._stored.items() if then != now[key]]
         if changed and not self._asked:
             raise UserError(
@@ -153,6 +166,11 @@ class CommandLine(LightningCLI):
                 "start anew with --overwrite true, or go on all the same with --ckpt_path "
                 f"{checkpoint_folder(self.run_dir) / 'last.ckpt'}"
             )
+
+    def before_fit(self) -> None:
+        """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
+        if self.config.fit.overwrite and self.trainer.is_global_zero and self.run_dir.exists():
+            _move(self.run_dir, self.run_dir / _ASIDE)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
@@ -182,15 +200,15 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-@rank_zero_only
-def _set_aside(run_dir: Path) -> None:
-    """Move what an earlier run left out of the way; it is removed when the new one begins to train."""
-    aside = run_dir / _ASIDE
+def _move(source: Path, target: Path) -> None:
+    """Move what belongs to a run from one folder to another, in place of what is there."""
     for name in _CONTENTS:
-        if (run_dir / name).exists():
-            shutil.rmtree(aside / name, ignore_errors=True)
-            aside.mkdir(exist_ok=True)
-            (run_dir / name).rename(aside / name)
+        if not (source / name).exists():
+            continue
+        if (target / name).is_dir():
+            shutil.rmtree(target / name)
+        target.mkdir(exist_ok=True)
+        (source / name).rename(target / name)
 
 
 def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:

@@ -64,6 +64,7 @@ class Demo(CommandLine):
 
     def before_fit(self) -> None:
         """Look at the model as it comes."""
+        super().before_fit()
         if not isinstance(self.datamodule, PracticeDataModule):
             raise UserError(
                 f"dft demo needs data: PracticeDataModule, got {type(self.datamodule).__name__}; use dft fit"

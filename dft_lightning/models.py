@@ -3,7 +3,7 @@
 Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,6 +142,19 @@ class WeightedLM(nn.Module):
         self.model = model
         self._transform = _logit_transform(self.base.config)
         self._check_head()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightedLM":
+        """Move or cast the parameters, but keep the precision of buffers.
+
+        A half-precision run casts the whole module, and rotary frequencies rounded to bfloat16 are wrong positions.
+        """
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            owner, _, own = name.rpartition(".")
+            module = self.get_submodule(owner)
+            module._buffers[own] = buffer.to(self.get_buffer(name).device)
+        return self
 
     @property
     def base(self) -> Any:

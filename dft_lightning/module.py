@@ -1,7 +1,7 @@
 """`FineTuner`: one training step, whatever a token is worth."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -115,7 +115,11 @@ class FineTuner(pl.LightningModule):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with the chat template in force."""
-        source = self.source if self.tokenizer_name is None else ModelSource(self.tokenizer_name)
+        source = (
+            self.source
+            if self.tokenizer_name is None
+            else replace(self.source, name=self.tokenizer_name, revision=None)
+        )
         return load_tokenizer(source, self.chat_template)
 
     @property
@@ -218,9 +222,16 @@ class FineTuner(pl.LightningModule):
         if gradient_clip_val and not by_norm:
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self.log("train/grad_norm", norm.to(torch.float32))
+        if self.trainer.precision != "16-mixed" and not torch.isfinite(norm):  # there the scaler skips such a step
+            raise UserError(
+                f"the gradient of step {self.trainer.global_step} is not finite (norm {norm.item()}): stopped before "
+                "it is applied; checkpoints hold the state before. Lower the learning rate, or look at that step's rows"
+            )
 
     def on_fit_start(self) -> None:
         """Have the reference log-probabilities at hand, where the weighting compares with the initial model."""
+        if (self.trainer.gradient_clip_val or 0.0) < 0.0:
+            raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         self._prepare_reference(["train", "val"])
 
     def on_validation_start(self) -> None:

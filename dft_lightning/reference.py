@@ -72,7 +72,7 @@ def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Itera
     assert network is not None
     if not module.is_initial:
         rank_zero_info("Loading the initial model beside the present one, for the reference log-probabilities")
-        network = WeightedLM(module.initial_model()).to(module.device)
+        network = WeightedLM(module.initial_model().to(module.device))
     weights = fingerprint(network)
     for stage in stages:
         rows = data.rows_used(stage)
@@ -99,7 +99,7 @@ def _cached(
 ) -> RowValues:
     trainer = module.trainer
     facts = {
-        "version": 1,
+        "version": 2,
         "weights": weights,
         "precision": str(trainer.precision),
         "rows": rows.content_hash(np.arange(len(rows))),

@@ -170,7 +170,7 @@ class TestFit:
         assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == stamp
         nowhere = ("--model.model_name", "/no/model", "--overwrite", "true")
         fails(lambda: dft("fit", "--model.weighting", "Uniform", *nowhere), capsys, "/no/model")
-        assert Path("run/.overwritten/checkpoints/last.ckpt").stat().st_mtime_ns == stamp  # not lost by a false start
+        assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == stamp  # not lost by a false start
         assert dft("fit", "--model.weighting", "Uniform", "--overwrite", "true") == 0
         assert not Path("run/.overwritten").exists()
         assert sorted(scalars("run")["train/nll"]) == [0, 1, 2]
@@ -196,6 +196,24 @@ class TestFit:
         assert scalars("other")["train/weight_mean"][4] > 0.85
         assert dft("validate", "--model.weighting", "Uniform", *checkpoint) == 0
         assert "1.0" in capsys.readouterr().out.split("val/weight_mean")[1].splitlines()[0]
+
+    def test_the_saved_configuration_of_a_continued_run_starts_a_run_of_its_own(self, dft, capsys):
+        options = ("--model.weighting", "DFT", "--checkpoints.every_n_steps", "1")
+        assert dft("fit", *options, "--trainer.max_steps", "1") == 0
+        assert dft("fit", *options, "--overwrite", "false") == 0
+        saved = yaml.safe_load(Path("run/config.yaml").read_text())
+        assert (saved["ckpt_path"], saved["overwrite"]) == (None, False)
+        capsys.readouterr()
+        assert main(["fit", "--config", "run/config.yaml", "--run_dir", "new", "--model.weighting", "Uniform"]) == 0
+        said = capsys.readouterr().out
+        assert "Uniform()" in said
+        assert "from step 0" in said
+        assert sorted(scalars("new")["train/nll"]) == [0, 1, 2]
+
+    def test_other_data_in_the_same_folder_is_refused(self, dft, capsys, tmp_path):
+        assert dft("fit", "--model.weighting", "DFT") == 0
+        write_jsonl(tmp_path / "others.jsonl", sums(32, seed=9))
+        fails(lambda: dft("fit", "--model.weighting", "DFT", "--data.path", "others.jsonl"), capsys, "training rows")
 
     def test_the_exported_model_starts_another_run(self, dft):
         assert dft("fit", "--model.weighting", "DFT", "--model.lora.rank", "2", "--export.merge_lora", "true") == 0
@@ -230,6 +248,7 @@ class TestOtherCommands:
         assert dft("test", "--model.weighting", "DFT", "--data.test_path", "rows.jsonl") == 0
         assert "test/nll" in capsys.readouterr().out
         assert not Path("run").exists() or not any(Path("run").iterdir())
+        fails(lambda: dft("validate", "--model.weighting", "DFT", "--data.val_size", "0"), capsys, "set data.val_size")
         fails(lambda: dft("test", "--model.weighting", "DFT"), capsys, "set data.test_path")
 
     def test_best_and_last_by_name(self, dft, capsys):

@@ -249,6 +249,26 @@ class TestReference:
 
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+    def test_positions_are_not_rounded(self, model_dir, rows_file, precision):
+        """Rotary frequencies in bfloat16 are wrong positions, by radians after some hundred tokens."""
+        finetuner, _, _ = fit(model_dir, rows_file, DFT(), max_steps=1, precision=precision)
+        loaded = load_model(ModelSource(str(model_dir)))
+        buffers = dict(loaded.named_buffers())
+        assert any("inv_freq" in name for name in buffers)
+        for name, buffer in finetuner.model.named_buffers():
+            assert buffer.dtype == buffers[name].dtype
+            assert torch.equal(buffer, buffers[name]), name
+
+    def test_what_is_exported_gives_the_same_logits_in_bfloat16(self, model_dir, rows_file, tmp_path):
+        finetuner, _, _ = fit(model_dir, rows_file, DFT(), max_steps=2, precision="bf16-true")
+        finetuner.model.save_pretrained(tmp_path / "export")
+        exported = load_model(ModelSource(str(tmp_path / "export"), torch.bfloat16)).eval()
+        ids = torch.arange(3, 200)[None]
+        with torch.no_grad():
+            live = finetuner.model.eval()(ids, use_cache=False).logits
+            assert torch.equal(live, exported(ids, use_cache=False).logits)
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
     def test_statistics_stay_in_float32(self, model_dir, rows_file, precision):
         """The weights are rounded to bfloat16 (8 bits), so log p moves by a few 2⁻⁸; a statistic in bf16 would show."""
         exact = fit(model_dir, rows_file, DFT(), max_steps=1)[1].logged[0]
@@ -308,6 +328,10 @@ class TestRefusals:
             ({"data": {"drop_last": True, "global_batch_size": 99}}, "do not fill one step"),
             ({"module": {"lr_schedule": "zigzag"}}, "model.lr_schedule is 'zigzag'"),
             ({"max_epochs": -1}, "the run has no end"),
+            ({"gradient_clip_val": -1.0}, "expected 0 or more"),
+            ({"val_check_interval": 1000}, "is 1000 optimizer steps, an epoch has 4"),
+            ({"module": {"optimizer": lambda p: torch.optim.SGD(p, lr=1e30), "warmup_ratio": 0.0}}, "is not finite"),
+            ({"data": {"num_workers": -1}}, "data.num_workers is -1"),
         ],
     )
     def test_runs(self, model_dir, rows_file, more, message):
@@ -330,6 +354,20 @@ class TestCheckpoint:
             assert torch.equal(ours, theirs), name
         other = FineTuner.load_from_checkpoint(tmp_path / "x.ckpt", weighting=Uniform())
         assert other.weighting == Uniform()
+
+    def test_going_on_with_other_steps_is_refused(self, model_dir, rows_file, tmp_path):
+        """Another micro-batch size would repeat rows and leave others out."""
+        _, _, trainer = fit(model_dir, rows_file, max_steps=2, data={"micro_batch_size": 4})
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        for change in ({"micro_batch_size": 2}, {"global_batch_size": 4}, {"seed": 1}, {"num_samples": 20}):
+            with pytest.raises(UserError, match="the checkpoint's run has other steps"):
+                fit(model_dir, rows_file, data={"micro_batch_size": 4} | change, ckpt_path=str(tmp_path / "x.ckpt"))
+
+    def test_a_trainer_fits_twice(self, model_dir, rows_file):
+        finetuner, recorder, trainer = fit(model_dir, rows_file, data={"micro_batch_size": 4}, max_epochs=1)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(finetuner, trainer.datamodule)
+        assert len(recorder.gradients) == 8
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, model_dir, rows_file):
         plain = fit(model_dir, rows_file, max_steps=1)[1]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,6 +27,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         every_n_steps: optimizer steps between two savings of the last state; the end of training is always saved.
+        every_minutes: save the last state also when this much time has gone since it was saved.
         monitor: metric by which the best is chosen; by default the weighting's own: val/p_mean for DFT, val/nll
             otherwise. The weighted loss is never a good one: −p·log p is lowest where a model has collapsed.
         mode: "min" or "max", for a monitor of your own.
@@ -35,15 +37,17 @@ class Checkpoints(Checkpoint):
     def __init__(
         self,
         every_n_steps: int = 50,
+        every_minutes: float = 10.0,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_best: bool = True,
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoints.every_n_steps is {every_n_steps}; expected 1 or more")
+        self.every_minutes, self._saved_time = every_minutes, time.monotonic()
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
         self.best: float | None = None
-        self._saved_at = 0
+        self._saved_at = self._seen = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
@@ -56,8 +60,13 @@ class Checkpoints(Checkpoint):
         Not in `on_train_end`: there Lightning counts the epoch as done, and a longer run would go on with the next one.
         """
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == cast("FineTuner", pl_module).total_steps or trainer.should_stop
-        if due and step != self._saved_at:
+        if step == self._saved_at or step == self._seen:
+            return
+        self._seen = step
+        late = time.monotonic() - self._saved_time > 60 * self.every_minutes
+        late = trainer.strategy.reduce_boolean_decision(late, all=False)
+        end = step == cast("FineTuner", pl_module).total_steps or trainer.should_stop
+        if step % self.every_n_steps == 0 or end or late:
             self._save(trainer, "last")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,7 +93,7 @@ class Checkpoints(Checkpoint):
         if getattr(trainer, "fast_dev_run", False):
             return
         if name == "last":
-            self._saved_at = trainer.global_step
+            self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
         folder = checkpoint_folder(trainer.default_root_dir)
         unfinished = folder / f".{name}.ckpt.unfinished"
         trainer.save_checkpoint(unfinished, weights_only=False)

@@ -21,7 +21,7 @@ _NORMALIZE = {
 class RunSummary(Callback):
     """Prints the objective, the data, the steps and the machine; the same text goes to TensorBoard."""
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print, on the first rank."""
         facts = run_facts(trainer, cast("FineTuner", pl_module))
         show(facts)

@@ -110,7 +110,7 @@ class TokenProbabilities(Callback):
     """Logs the distribution of token probabilities, weights and entropies on a fixed probe set and on training tokens.
 
     Args:
-        every_n_steps: optimizer steps between two reports; 0 switches the callback off.
+        every_n_steps: optimizer steps between two reports (the end is always one); 0 switches them off.
         probe_rows: rows of the probe set, spread evenly over the validation rows (or the training rows).
         figure: draw the distribution before and now as an image.
     """
@@ -143,7 +143,7 @@ class TokenProbabilities(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """In a step that is reported, have the loss compute the training tokens' entropy too."""
         if self.every_n_steps:
-            due = (trainer.global_step + 1) % self.every_n_steps == 0
+            due = self._due(trainer.global_step + 1, pl_module)
             cast("FineTuner", pl_module).wanted = frozenset({"entropy", "rank"}) if due else frozenset()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -154,9 +154,13 @@ class TokenProbabilities(Callback):
         if module.wanted:  # a reported step: its tokens, with all statistics
             tally = Tally.of(module.trained_on, self._special)
             self._trained = tally if self._trained is None else self._trained + tally
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._reported:
+        if self._due(trainer.global_step, pl_module) and trainer.global_step != self._reported:
             self._reported = trainer.global_step
             self._report(trainer, module)
+
+    def _due(self, step: int, pl_module: pl.LightningModule) -> bool:
+        """Whether to report after this many steps: every so many, and at the end."""
+        return step % self.every_n_steps == 0 or step == cast("FineTuner", pl_module).total_steps
 
     def _report(self, trainer: pl.Trainer, module: "FineTuner") -> None:
         now = self._look(trainer, module).reduced(trainer)

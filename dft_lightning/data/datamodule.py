@@ -1,5 +1,6 @@
 """`ChatDataModule` and `NuminaMathDataModule`: from rows to the batches of each optimizer step."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,8 @@ class ChatDataModule(pl.LightningDataModule):
         num_samples: rows to train on; null for all.
         subset: which rows these are, if there are more: random ones (by seed), or the first.
         val_path: file, folder or glob to validate on.
-        val_size: without val_path: rows to keep out of training for validation, as a count or (below 1) a share.
+        val_size: without val_path: rows to keep out of training for validation, as a count, or (below 1) a share of
+            those trained on.
         test_path: file, folder or glob for `dft test`.
         global_batch_size: sequences of an optimizer step, over all ranks; accumulation follows from it.
         micro_batch_size: most sequences a device holds at a time.
@@ -106,6 +108,7 @@ class ChatDataModule(pl.LightningDataModule):
         self.origin: dict[str, np.ndarray] = {}
         """Which row of its source each row of a stage is."""
         self._resume = {"epoch": 0, "batches": 0}
+        self._accumulation: int | None = None
         _refuse(self.options)
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -132,22 +135,34 @@ class ChatDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise everything once, into the cache, before the other processes of the node read it."""
-        self._load(["train", "val", "test"])
+        self._load(None if self.trainer is None else self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
         """Open the tokenised rows, and derive the trainer's accumulation from the batch sizes."""
-        loaded = self._load(["train", "val", "test"])
+        loaded = self._load(stage)
         for name, rows in loaded.items():
-            if rows is not None and stage == "fit":
-                rank_zero_info(f"{name}: {rows.report}")
-        self.train_rows, self.val_rows, self.test_rows = loaded["train"], loaded["val"], loaded["test"]
+            rank_zero_info(f"{name}: {rows.report}")
+        self.train_rows = loaded.get("train", self.train_rows)
+        self.val_rows = loaded.get("val", self.val_rows)
+        self.test_rows = loaded.get("test", self.test_rows)
         if self.trainer is not None:
             _refuse_resampling(self.trainer)
         if self.trainer is not None and stage == "fit":
             self._align(self.trainer)
 
-    def _load(self, stages: list[str]) -> dict[str, TokenizedRows | None]:
-        options = self.options
+    def _load(self, command: str | None) -> dict[str, TokenizedRows]:
+        """The rows that a command of the trainer needs, as far as there are such rows."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("train",)}
+        stages = wanted.get(str(getattr(command, "value", command)), ("train", "val", "test"))
+        return {stage: self._tokenize(rows) for stage, rows in self._pick(stages).items()}
+
+    def _pick(self, stages: Sequence[str]) -> "dict[str, datasets.Dataset]":
+        options, picked = self.options, {}
+        for stage, split, path in (("val", "validation", options.val_path), ("test", "test", options.test_path)):
+            if path is not None and stage in stages:
+                picked[stage] = load_rows(dataset=None, path=path, split=split, cache_dir=options.cache_dir)
+        if set(stages) <= picked.keys() | {"test"}:
+            return picked
         source = load_rows(
             dataset=options.dataset,
             path=options.path,
@@ -158,13 +173,11 @@ class ChatDataModule(pl.LightningDataModule):
         )
         train, val = self.split_rows(len(source))
         self.origin = {"train": train, "val": val}
-        picked: dict[str, datasets.Dataset | None] = {"train": source.select(train), "val": None, "test": None}
-        if len(val):
+        if "train" in stages:
+            picked["train"] = source.select(train)
+        if "val" in stages and len(val):
             picked["val"] = source.select(val)
-        for stage, split, path in (("val", "validation", options.val_path), ("test", "test", options.test_path)):
-            if path is not None:
-                picked[stage] = load_rows(dataset=None, path=path, split=split, cache_dir=options.cache_dir)
-        return {stage: None if (rows := picked[stage]) is None else self._tokenize(rows) for stage in stages}
+        return picked
 
     def _tokenize(self, rows: "datasets.Dataset") -> TokenizedRows:
         options = self.options
@@ -189,8 +202,8 @@ class ChatDataModule(pl.LightningDataModule):
         order = np.arange(count)
         if options.subset == "random":
             order = np.random.default_rng(options.seed).permutation(count)
-        size = 0 if options.val_path else options.val_size
-        val = int(size) if size >= 1 else max(round(size * count), 1 if size else 0)  # one at least, where asked for
+        size, most = 0 if options.val_path else options.val_size, min(options.num_samples or count, count)
+        val = int(size) if size >= 1 else max(round(size * most), 1 if size else 0)  # one at least, where asked for
         if val >= count:
             raise UserError(f"data.val_size {size} leaves nothing to train on: there are {count} rows")
         train = order[: min(options.num_samples or count, count - val)]
@@ -206,7 +219,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def _align(self, trainer: pl.Trainer) -> None:
         """Accumulation and validation interval count in optimizer steps, whatever the geometry."""
-        if trainer.accumulate_grad_batches != 1:
+        if trainer.accumulate_grad_batches not in (1, self._accumulation):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it out; it follows from "
                 "data.global_batch_size, data.micro_batch_size and the number of devices"
@@ -217,11 +230,18 @@ class ChatDataModule(pl.LightningDataModule):
                 f"{len(self._rows('train'))} training rows do not fill one step of data.global_batch_size "
                 f"{self.options.global_batch_size}: lower it, or set data.drop_last to false"
             )
-        trainer.accumulate_grad_batches = self.geometry().micro_batches
+        if trainer.accumulate_grad_batches == self._accumulation:  # a second fit of the same trainer
+            return
+        trainer.accumulate_grad_batches = self._accumulation = self.geometry().micro_batches
         interval = trainer.val_check_interval
         if isinstance(interval, float) and interval < 1.0:
             interval = max(1, int(interval * steps))
         if isinstance(interval, int):
+            if interval > steps and trainer.check_val_every_n_epoch is not None:
+                raise UserError(
+                    f"trainer.val_check_interval is {interval} optimizer steps, an epoch has {steps}: lower it, or set "
+                    "trainer.check_val_every_n_epoch to null to count over epochs"
+                )
             trainer.val_check_interval = interval * trainer.accumulate_grad_batches
 
     def sampler(self) -> StepSampler:
@@ -247,7 +267,9 @@ class ChatDataModule(pl.LightningDataModule):
         return self._loader(self._rows("train"), sampler, "train")
 
     def val_dataloader(self) -> "DataLoader[Batch] | list[Any]":
-        """All validation rows once, or nothing."""
+        """All validation rows once; in a fit, nothing where there are none."""
+        if self.val_rows is None and self.trainer is not None and self.trainer.state.fn == "validate":
+            raise UserError("there is nothing to validate on: set data.val_size or data.val_path")
         return [] if self.val_rows is None else self.scoring_loader(self.val_rows, "val")
 
     def test_dataloader(self) -> "DataLoader[Batch]":
@@ -298,10 +320,35 @@ class ChatDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         epoch, total = self.trainer.current_epoch, len(self.sampler())
-        return {"epoch": epoch + done // total, "batches": done % total}
+        return {"epoch": epoch + done // total, "batches": done % total, "steps": self._identity()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which rows each micro-batch has."""
+        options, shape = self.options, self.geometry()
+        return {
+            "training rows": self._rows("train").fingerprint,
+            "data.global_batch_size": options.global_batch_size,
+            "micro-batches a step": shape.micro_batches,
+            "data.seed": options.seed,
+            "data.shuffle": options.shuffle,
+            "data.drop_last": options.drop_last,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue there."""
+        """Continue there; refused where the steps would be others than the checkpoint's.
+
+        Raises:
+            UserError: rows, batch sizes, seed or shuffle differ; it names what does.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        now = self._identity()
+        then = {key: state_dict["steps"].get(key) for key in now}
+        if changed := [f"{key}: {then[key]!r} → {now[key]!r}" for key in now if then[key] != now[key]]:
+            raise UserError(
+                f"the checkpoint's run has other steps ({'; '.join(changed)}), so that rows would be repeated or left "
+                "out: give the same options and number of devices, or start a new run from its exported model"
+            )
         self._resume = {"epoch": state_dict["epoch"], "batches": state_dict["batches"]}
 
 
@@ -352,5 +399,7 @@ def _refuse(options: SimpleNamespace) -> None:
             raise UserError(f"data.{key} is {getattr(options, key)}; expected 1 or more")
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"data.num_samples is {options.num_samples}; expected 1 or more, or null for all rows")
+    if options.num_workers < 0:
+        raise UserError(f"data.num_workers is {options.num_workers}; expected 0 or more")
     if options.val_size < 0:
         raise UserError(f"data.val_size is {options.val_size}; expected a count, or a share below 1")

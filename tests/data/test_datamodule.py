@@ -153,6 +153,7 @@ class TestRows:
         val = write_jsonl(tmp_path / "val.jsonl", sums(5, seed=1))
         test = write_jsonl(tmp_path / "test.jsonl", sums(3, seed=2))
         data = made(rows_file, val_path=str(val), test_path=str(test))
+        data.setup("test")
         assert [len(rows) for rows in (data.train_rows, data.val_rows, data.test_rows)] == [26, 5, 3]
         assert sum(len(batch) for batch in data.test_dataloader()) == 3
         with pytest.raises(UserError, match=r"set data\.test_path"):
