@@ -247,7 +247,6 @@ def _read(checkpoint: str) -> tuple[dict[str, Any], int]:
 def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
-    torch.set_float32_matmul_precision("high")
     _quieten()
     try:
         command_line(

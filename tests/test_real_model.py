@@ -44,32 +44,62 @@ def rows_of(folder: Path, shared: Path) -> Path:
     return write_jsonl(folder / "rows.jsonl", pq.read_table(shared).slice(0, 4).to_pylist())
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("64-true", 1e-10), ("32-true", 1e-5)])
-def test_the_first_step_of_dft_is_the_dense_oracle(embedded_model_dir, tmp_path, precision, bound):
-    """Loss and every parameter's gradient, the model in the same precision on both sides, the oracle's loss in float64.
-
-    The division by the tokens comes last on both sides: transformers' norms round to float32 in between.
-    """
-    shared = Path(__file__).parents[2] / "shared" / "data" / "numina_schema" / "train.parquet"
-    rows = rows_of(tmp_path, shared)
+def first_gradient(folder: Path, rows: Path, precision: str):
+    """The batch, the loss and every parameter's gradient of the first step of DFT."""
     data = {"global_batch_size": 4, "micro_batch_size": 4, "max_length": 256}
-    finetuner, recorder, trainer = fit(embedded_model_dir, rows, DFT(), data=data, precision=precision, max_steps=1)
+    finetuner, recorder, trainer = fit(folder, rows, DFT(), data=data, precision=precision, max_steps=1)
     (batch,) = trainer.datamodule.train_dataloader()
+    parts = recorder.gradients[0].split([parameter.numel() for parameter in finetuner.model.parameters()])
     names = [name for name, _ in finetuner.model.named_parameters()]
-    sizes = [parameter.numel() for parameter in finetuner.model.parameters()]
-    ours = dict(zip(names, recorder.gradients[0].split(sizes), strict=True))
-    logged = recorder.logged[0]["train/objective"]
-    del finetuner, recorder, trainer
+    return batch, recorder.logged[0]["train/objective"], dict(zip(names, parts, strict=True))
 
-    model = load_model(ModelSource(str(embedded_model_dir), torch.float64 if "64" in precision else torch.float32))
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.supervised].double()
+
+def dense_gradient(folder: Path, batch, dtype: torch.dtype):
+    """The same from all logits at once, by autograd."""
+    model = load_model(ModelSource(str(folder), dtype))
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.supervised]
     logp = logits.log_softmax(1).gather(1, batch.target[:, None])[:, 0]
-    loss = -(logp.detach().exp() * logp).sum()
+    loss = -(logp.detach().exp() * logp).mean()
     loss.backward()
-    assert logged == pytest.approx(loss.item() / len(logp), rel=1e-6)  # logged in float32
-    for name, parameter in model.named_parameters():
-        truth = parameter.grad.flatten().double() / len(logp)
-        assert (ours[name] - truth).norm() <= bound * truth.norm(), name
+    return loss.item(), {name: parameter.grad.flatten().double() for name, parameter in model.named_parameters()}
+
+
+class TestTheFirstStepOfDFTIsTheDenseOracle:
+    """Loss and every parameter's gradient, on real rows where they are."""
+
+    @pytest.fixture
+    def rows(self, tmp_path):
+        return rows_of(tmp_path, Path(__file__).parents[2] / "shared" / "data" / "numina_schema" / "train.parquet")
+
+    def test_in_float64(self, embedded_model_dir, rows, monkeypatch):
+        """To 1e-10. The norms of transformers round to float32 whatever the model's dtype: here they are exact."""
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        def exact(norm, hidden):
+            return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+        monkeypatch.setattr(LlamaRMSNorm, "forward", exact)
+        batch, logged, ours = first_gradient(embedded_model_dir, rows, "64-true")
+        loss, truth = dense_gradient(embedded_model_dir, batch, torch.float64)
+        assert logged == pytest.approx(loss, rel=1e-6)  # logged in float32
+        for name, gradient in truth.items():
+            assert (ours[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+    def test_in_float32(self, embedded_model_dir, rows):
+        """The whole gradient to 1e-5 of the dense one; each parameter's about as near to the truth as that one is.
+
+        Rounding takes another way through 30 layers in each, and some gradients are sums that nearly cancel: hence a
+        factor of 4 for single parameters.
+        """
+        batch, logged, ours = first_gradient(embedded_model_dir, rows, "32-true")
+        loss, dense = dense_gradient(embedded_model_dir, batch, torch.float32)
+        _, truth = dense_gradient(embedded_model_dir, batch, torch.float64)
+        assert logged == pytest.approx(loss, rel=1e-6)
+        apart = torch.stack([(ours[name] - gradient).norm() for name, gradient in dense.items()]).norm()
+        assert apart <= 1e-5 * torch.stack([gradient.norm() for gradient in dense.values()]).norm()
+        for name, gradient in truth.items():
+            expected = (dense[name] - gradient).norm()
+            assert (ours[name] - gradient).norm() <= 4 * expected + 1e-6 * gradient.norm(), name
 
 
 def test_the_demo_in_small(embedded_model_dir, tmp_path, monkeypatch, capsys):
