@@ -54,10 +54,10 @@ def first_gradient(folder: Path, rows: Path, precision: str):
     return batch, recorder.logged[0]["train/objective"], dict(zip(names, parts, strict=True))
 
 
-def dense_gradient(folder: Path, batch, dtype: torch.dtype):
+def dense_gradient(folder: Path, batch, dtype: torch.dtype, head: torch.dtype = torch.float64):
     """The same from all logits at once, by autograd."""
     model = load_model(ModelSource(str(folder), dtype))
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.supervised]
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.supervised].to(head)
     logp = logits.log_softmax(1).gather(1, batch.target[:, None])[:, 0]
     loss = -(logp.detach().exp() * logp).mean()
     loss.backward()
@@ -86,20 +86,19 @@ class TestTheFirstStepOfDFTIsTheDenseOracle:
             assert (ours[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
 
     def test_in_float32(self, embedded_model_dir, rows):
-        """The whole gradient to 1e-5 of the dense one; each parameter's about as near to the truth as that one is.
+        """The whole gradient to 1e-5 of that with the head in float64; each parameter's nearer to the truth than plain.
 
-        Rounding takes another way through 30 layers in each, and some gradients are sums that nearly cancel: hence a
-        factor of 4 for single parameters.
+        Plain float32 errs most in its log-softmax.
         """
         batch, logged, ours = first_gradient(embedded_model_dir, rows, "32-true")
-        loss, dense = dense_gradient(embedded_model_dir, batch, torch.float32)
-        _, truth = dense_gradient(embedded_model_dir, batch, torch.float64)
+        loss, oracle = dense_gradient(embedded_model_dir, batch, torch.float32)
         assert logged == pytest.approx(loss, rel=1e-6)
-        apart = torch.stack([(ours[name] - gradient).norm() for name, gradient in dense.items()]).norm()
-        assert apart <= 1e-5 * torch.stack([gradient.norm() for gradient in dense.values()]).norm()
+        apart = torch.stack([(ours[name] - gradient).norm() for name, gradient in oracle.items()]).norm()
+        assert apart <= 1e-5 * torch.stack([gradient.norm() for gradient in oracle.values()]).norm()
+        _, plain = dense_gradient(embedded_model_dir, batch, torch.float32, head=torch.float32)
+        _, truth = dense_gradient(embedded_model_dir, batch, torch.float64)
         for name, gradient in truth.items():
-            expected = (dense[name] - gradient).norm()
-            assert (ours[name] - gradient).norm() <= 4 * expected + 1e-6 * gradient.norm(), name
+            assert (ours[name] - gradient).norm() <= (plain[name] - gradient).norm(), name
 
 
 def test_the_demo_in_small(embedded_model_dir, tmp_path, monkeypatch, capsys):
