@@ -62,4 +62,4 @@ def _convert(source: Path, target: Path) -> None:
     )
     model.to(dtype=torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=_FILE).save_pretrained(target)
-    shutil.copymode(source, target)
+    shutil.copymode(source, target)  # a temporary folder is readable by its owner only
