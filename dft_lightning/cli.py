@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, TokenProbabilities, TokenScores
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.module import PAPERS_ADAMW, FineTuner
+from dft_lightning.module import FineTuner
+from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.resume import Change, age, changes, options_of, refuse
 from dft_lightning.weighting import TokenWeighting
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -37,10 +41,16 @@ _TRAINER = {
     "enable_model_summary": False,
 }
 #: What belongs to a run.
-_CONTENTS = ("config.yaml", "tensorboard", "checkpoints", "export", "export-merged", "predictions")
+_CONTENTS = (
+    "config.yaml",
+    "tensorboard",
+    "checkpoints",
+    "export",
+    "export-merged",
+    "predictions",
+    "skipped_steps.jsonl",
+)
 _ASIDE = ".overwritten"
-#: What another run in the same folder may not change without being asked for it.
-_IDENTITY = ("model_name", "weighting", "normalize", "lora", "tokenizer_name", "chat_template")
 
 
 class Parser(LightningArgumentParser):
@@ -79,7 +89,7 @@ class SaveConfig(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             unfinished = folder / ".config.yaml.unfinished"
             config = self.config.clone()
-            config.ckpt_path, config.overwrite = None, False  # of this start, not of the run
+            config.ckpt_path, config.overwrite, config.allow_changes = None, False, []  # of this start, not of the run
             self.parser.save(config, unfinished, skip_none=False, overwrite=True, multifile=False)
             unfinished.rename(folder / "config.yaml")
 
@@ -113,6 +123,12 @@ class CommandLine(LightningCLI):
             default=False,
             help="Start a fit anew: what an earlier one left in run_dir is removed when the training begins.",
         )
+        parser.add_argument(
+            "--allow_changes",
+            type=list[Change],
+            default=[],
+            help="What may differ from the run whose checkpoint is gone on with, e.g. '[weighting]'.",
+        )
         adamw = PAPERS_ADAMW | {"betas": list(PAPERS_ADAMW["betas"])}
         parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": adamw}})
         parser.add_lightning_class_args(TokenProbabilities, "token_probabilities")
@@ -135,8 +151,7 @@ class CommandLine(LightningCLI):
         anew = self.subcommand == "fit" and config.overwrite and asked in (None, "last")
         config.ckpt_path = None if anew else find_checkpoint(self.run_dir, asked, self.subcommand)
         if config.ckpt_path is not None:
-            self._stored, self._step = _read(config.ckpt_path)
-            self._asked = asked not in (None, "last")
+            self._stored, self._step = _read(config.ckpt_path, self.subcommand)
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
 
@@ -151,21 +166,13 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
-        now = dict(self.model.hparams)
-        if self._stored and self._stored["lora"] != now["lora"]:
-            raise UserError(
-                f"the checkpoint has model.lora {self._stored['lora']}, this run {now['lora']}: its weights do not "
-                "fit; give the same model.lora"
-            )
-        if self.subcommand != "fit":
+        if not self._stored:
             return
-        changed = [f"model.{key}: {then!r} → {now[key]!r}" for key, then in self._stored.items() if then != now[key]]
-        if changed and not self._asked:
-            raise UserError(
-                f"{self.run_dir} holds a run with other options ({'; '.join(changed)}): choose another --run_dir, "
-                "start anew with --overwrite true, or go on all the same with --ckpt_path "
-                f"{checkpoint_folder(self.run_dir) / 'last.ckpt'}"
-            )
+        now = options_of(self.model.hparams)
+        self.model.allow_changes = frozenset(self._get(self.config, "allow_changes"))
+        if self.subcommand != "fit":  # another weighting may look at the model, but its tensors have to fit
+            now = {"lora": now["lora"]}
+        refuse(changes(options_of(self._stored), now), self.model.allow_changes)
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
@@ -186,11 +193,11 @@ class CommandLine(LightningCLI):
 
     def _logger(self) -> TensorBoardLogger:
         """TensorBoard's events, without those that are later than the checkpoint."""
-        purge: Any = {"purge_step": self._step} if self._step else {}
+        purge: Any = {"purge_step": self._step + 1} if self._step else {}
         return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **purge)
 
     _stored: Mapping[str, Any] = MappingProxyType({})
-    _step, _asked = 0, False
+    _step = 0
 
 
 def _root(error: BaseException) -> BaseException:
@@ -223,25 +230,35 @@ def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | 
     folder = checkpoint_folder(run_dir)
     if asked is None and subcommand != "fit":
         return None
-    if asked in (None, "last") and subcommand == "fit":  # nothing there: a fresh start
-        return str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
+    if asked in (None, "last") and subcommand == "fit" and not (folder / "last.ckpt").exists():
+        if (folder / ".last.ckpt.unfinished").exists():
+            print(f"{folder} has no whole checkpoint, only one that was cut off while it was written: starting anew")
+        return None  # nothing there: a fresh start
+    asked = asked or "last"
     path = folder / f"{asked}.ckpt" if asked in ("last", "best") else Path(str(asked))
     if not path.exists():
         raise UserError(f"ckpt_path {asked!r}: there is no {path}; give a file, or 'last' or 'best' of the run_dir")
     return str(path)
 
 
-def _read(checkpoint: str) -> tuple[dict[str, Any], int]:
-    """The options that make a run what it is, and the step, of a checkpoint."""
+def _read(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], int]:
+    """The options and the step of a checkpoint; says how old it is."""
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        options, step = stored["hyper_parameters"], int(stored["global_step"])
+        options, step = dict(stored["hyper_parameters"]), int(stored["global_step"])
+        options_of(options)
     except Exception as error:  # zip, pickle, file system and missing keys have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read checkpoint {checkpoint} ({reason}): remove it, or give another ckpt_path"
         ) from error
-    return {key: options.get(key) for key in _IDENTITY}, step
+    cut_off = Path(checkpoint).with_name(f".{Path(checkpoint).name}.unfinished").exists()
+    rank_zero_info(
+        f"{'Going on from' if subcommand == 'fit' else 'Using'} {checkpoint}: step {step:,}, written "
+        f"{age(time.time() - Path(checkpoint).stat().st_mtime)} ago"
+        + (" (a later one was cut off while it was written, and is left out)" if cut_off else "")
+    )
+    return options, step
 
 
 def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:

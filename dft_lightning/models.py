@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning import embedded
+from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
 from dft_lightning.logprob import LogitTransform, weighted_nll
@@ -175,6 +176,8 @@ class WeightedLM(nn.Module):
         progress: float = 0.0,
         wanted: Iterable[str] = (),
         ref_logp: Tensor | None = None,
+        weight: Tensor | None = None,
+        chunk_rows: int | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
         head = self.base.get_output_embeddings()
@@ -189,12 +192,15 @@ class WeightedLM(nn.Module):
             transform=LogitTransform(head.bias, self._transform.scale, self._transform.softcap),
             progress=progress,
             wanted=wanted,
+            weight=weight,
+            chunk_rows=chunk_rows,
             **{name: value for name, value in brought.items() if value is not None},
         )
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states (N, H) at the positions whose next token is supervised."""
-        states = self.base.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        decoder = self.base.get_decoder()
+        states = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state  # (B, T, H)
         flat: Tensor = states.flatten(0, 1).index_select(0, batch.supervised)
         return flat
 
@@ -209,6 +215,10 @@ class WeightedLM(nn.Module):
                 return self.forward(batch, Uniform())[1].logp
         finally:
             self.train(training)
+
+    def check_borders(self) -> None:
+        """Prove that packed sequences do not see each other; a `UserError` where they do."""
+        check_borders(self.base.get_decoder(), self.base.get_output_embeddings().weight.shape[0])
 
     def _check_head(self) -> None:
         head = self.base.get_output_embeddings()

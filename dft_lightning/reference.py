@@ -74,6 +74,7 @@ def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Itera
         rank_zero_info("Loading the initial model beside the present one, for the reference log-probabilities")
         network = WeightedLM(module.initial_model().to(module.device))
     weights = fingerprint(network)
+    module.set_reference(weights)
     for stage in stages:
         rows = data.rows_used(stage)
         if rows is not None:

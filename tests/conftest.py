@@ -84,6 +84,8 @@ def tiny_config(family: str = "llama", **changes):
         "cohere": "Cohere",
         "granite": "Granite",
         "phi": "Phi",
+        "mistral": "Mistral",
+        "qwen3": "Qwen3",
     }
     options = {
         "vocab_size": 320,

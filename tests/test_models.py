@@ -31,7 +31,7 @@ def batch(width=12):
         }
         for i, n in enumerate((width, 7, 9))
     ]
-    return Collator(1)(rows)
+    return Collator(1)([[row] for row in rows])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,7 +67,7 @@ def test_padding_changes_nothing():
     for index, length in enumerate((12, 7, 9)):
         ids = batch().input_ids[index, :length].numpy()
         alone.append(
-            model(Collator(1)([{"row": 0, "input_ids": ids, "supervised": [i > 2 for i in range(length)]}]), Uniform())[
+            model(Collator(1)([[{"row": 0, "input_ids": ids, "supervised": [i > 2 for i in range(length)]}]]), Uniform())[
                 1
             ]
         )

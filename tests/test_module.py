@@ -139,6 +139,7 @@ def test_every_step_is_logged_with_what_happened(model_dir, rows_file):
                 "grad_norm",
                 "lr",
                 "tokens_per_second",
+                "skipped_steps",
             )
         }
         assert logged["train/weight_mean"] > 0.1
@@ -330,8 +331,10 @@ class TestRefusals:
             ({"max_epochs": -1}, "the run has no end"),
             ({"gradient_clip_val": -1.0}, "expected 0 or more"),
             ({"val_check_interval": 1000}, "is 1000 optimizer steps, an epoch has 4"),
-            ({"module": {"optimizer": lambda p: torch.optim.SGD(p, lr=1e30), "warmup_ratio": 0.0}}, "is not finite"),
             ({"data": {"num_workers": -1}}, "data.num_workers is -1"),
+            ({"data": {"packing": "yes"}}, "data.packing is 'yes'; expected true, false or padding_free"),
+            ({"data": {"packing": True, "pack_length": 100}}, "data.pack_length is 100, shorter than data.max_length"),
+            ({"module": {"chunk_rows": 0}}, "model.chunk_rows is 0"),
         ],
     )
     def test_runs(self, model_dir, rows_file, more, message):
@@ -356,11 +359,11 @@ class TestCheckpoint:
         assert other.weighting == Uniform()
 
     def test_going_on_with_other_steps_is_refused(self, model_dir, rows_file, tmp_path):
-        """Another micro-batch size would repeat rows and leave others out."""
+        """They would repeat rows and leave others out; another micro-batch size does not."""
         _, _, trainer = fit(model_dir, rows_file, max_steps=2, data={"micro_batch_size": 4})
         trainer.save_checkpoint(tmp_path / "x.ckpt")
-        for change in ({"micro_batch_size": 2}, {"global_batch_size": 4}, {"seed": 1}, {"num_samples": 20}):
-            with pytest.raises(UserError, match="the checkpoint's run has other steps"):
+        for change in ({"global_batch_size": 4}, {"seed": 1}, {"num_samples": 20}):
+            with pytest.raises(UserError, match=r"run with other options \(data.*--allow_changes '\[data\]'"):
                 fit(model_dir, rows_file, data={"micro_batch_size": 4} | change, ckpt_path=str(tmp_path / "x.ckpt"))
 
     def test_a_trainer_fits_twice(self, model_dir, rows_file):

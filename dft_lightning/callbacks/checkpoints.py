@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.errors import UserError
 
@@ -48,6 +49,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
         self.best: float | None = None
         self._saved_at = self._seen = 0
+        self._due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
@@ -55,29 +57,40 @@ class Checkpoints(Checkpoint):
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save the last state, every so many steps and after the last.
+        """Save the last state, every so many steps and after the last; where a validation is due now, after that.
 
         Not in `on_train_end`: there Lightning counts the epoch as done, and a longer run would go on with the next one.
         """
-        step = trainer.global_step
+        step, skipped = trainer.global_step, cast("FineTuner", pl_module).skipped
         if step == self._saved_at or step == self._seen:
             return
         self._seen = step
+        if skipped.too_many:
+            self._save(trainer, "stopped")
+            return
         late = time.monotonic() - self._saved_time > 60 * self.every_minutes
         late = trainer.strategy.reduce_boolean_decision(late, all=False)
         end = step == cast("FineTuner", pl_module).total_steps or trainer.should_stop
-        if step % self.every_n_steps == 0 or end or late:
+        due = (step % self.every_n_steps == 0 or late) and not skipped.in_a_row
+        self._due = due or end
+        if self._due and not _validates_now(trainer):
             self._save(trainer, "last")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end where it came otherwise, as in a validation."""
+        """Save the end where it came otherwise."""
         if trainer.global_step != self._saved_at:
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the best state so far."""
-        if not self.save_best or trainer.sanity_checking or trainer.state.fn != "fit":
+        """Save the best state so far, and the last where it is due."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if self.save_best:
+            self._save_best(trainer)
+        if self._due or trainer.global_step == self._saved_at:
+            self._save(trainer, "last")
+
+    def _save_best(self, trainer: pl.Trainer) -> None:
         assert self.monitor is not None
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
@@ -93,12 +106,18 @@ class Checkpoints(Checkpoint):
         if getattr(trainer, "fast_dev_run", False):
             return
         if name == "last":
-            self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
+            self._saved_at, self._saved_time, self._due = trainer.global_step, time.monotonic(), False
+        for logger in trainer.loggers:  # what was logged up to here is not lost with the process
+            logger.save()
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.flush()
         folder = checkpoint_folder(trainer.default_root_dir)
         unfinished = folder / f".{name}.ckpt.unfinished"
         trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
+            _on_disk(unfinished)
             os.replace(unfinished, folder / f"{name}.ckpt")
+            _on_disk(folder)
         trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,3 +129,22 @@ class Checkpoints(Checkpoint):
         self._saved_at = state_dict["saved_at"]
         if state_dict["monitor"] == self.monitor:
             self.best = state_dict["best"]
+
+
+def _validates_now(trainer: pl.Trainer) -> bool:
+    """Whether Lightning runs a validation between this step and the next one.
+
+    A checkpoint from before it would be taken up after it, and the validation be left out.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

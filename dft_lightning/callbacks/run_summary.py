@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning.data.packing import Packed
+
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
     from dft_lightning.module import FineTuner
@@ -54,13 +56,17 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
 
 
 def _data_facts(data: "ChatDataModule") -> dict[str, str]:
-    rows, shape = data.train_rows, data.geometry()
+    rows, sampler = data.train_rows, data.sampler()
     assert rows is not None
+    shape, layout = sampler.geometry, sampler.layout
+    kind = "sequences"
+    if isinstance(layout, Packed):
+        kind = f"rows of {layout.capacity:,} tokens" if layout.fill else f"row of at most {layout.capacity:,} tokens"
     read, learnt = int(rows.lengths.sum()), int(rows.targets.sum())
     return {
         "data": f"{len(rows):,} rows an epoch, {learnt:,} supervised of {read:,} tokens",
-        "step": f"{shape.global_batch_size} sequences = {shape.ranks} ranks × {shape.micro_batches} micro-batches "
-        f"of at most {shape.micro_batch_size}",
+        "step": f"{shape.global_batch_size} sequences = {shape.ranks} ranks × {sampler.micro_batches} micro-batches "
+        f"of at most {shape.micro_batch_size} {kind}; {sampler.share_used():.1%} of their positions hold a token",
     }
 
 

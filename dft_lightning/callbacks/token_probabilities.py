@@ -181,11 +181,9 @@ class TokenProbabilities(Callback):
         network, training = module.network, module.training
         assert network is not None
         module.eval()
-        tallies = []
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for batch in self._probe:
-                tokens = module.score(batch.to(module.device), frozenset({"entropy", "rank"}))[1]
-                tallies.append(Tally.of(tokens, self._special))
+        with trainer.precision_plugin.forward_context():
+            looked = module.score_together(self._probe, frozenset({"entropy", "rank"}))
+        tallies = [Tally.of(tokens, self._special) for tokens in looked]
         module.train(training)
         return sum(tallies[1:], tallies[0])
 

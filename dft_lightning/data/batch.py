@@ -1,6 +1,6 @@
 """What the data stage hands to the model: token rows, and an index of what is supervised in them.
 
-Shapes: B rows of T positions, N supervised tokens, S sequences.
+Shapes: B rows of T positions, N supervised tokens, S sequences, D documents (the sequences, and each row's padding).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Batch:
-    """Right-padded rows and their supervised tokens, with labels already shifted.
+    """Rows and their supervised tokens, with labels already shifted: the first token of a sequence is never a label.
 
     Not a dataclass on purpose: Lightning walks into dataclasses and would round `ref_logp` to a half-precision run's
     dtype on the way to the device.
@@ -26,6 +26,9 @@ class Batch:
         row: (S,) index of each sequence in the rows of its data set.
         tokens: how many positions hold real tokens.
         ref_logp: (N,) at least float32, log-probability under the reference, or None.
+        position_ids: (B, T) place of each token in its document, where rows are packed; else None.
+        cu_seqlens: (D+1,) int32, where each document begins in the B·T positions, and their end; with position_ids.
+        longest: tokens of the longest document; with position_ids.
     """
 
     def __init__(
@@ -38,6 +41,9 @@ class Batch:
         row: Tensor,
         tokens: int,
         ref_logp: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int = 0,
     ) -> None:
         self.input_ids = input_ids
         self.supervised = supervised
@@ -47,6 +53,9 @@ class Batch:
         self.row = row
         self.tokens = tokens
         self.ref_logp = ref_logp
+        self.position_ids = position_ids
+        self.cu_seqlens = cu_seqlens
+        self.longest = longest
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -75,51 +84,82 @@ class Reference(Protocol):
 
 
 class Collator:
-    """Lays rows out as a padded `Batch`.
+    """Lays sequences out in rows, as a `Batch`.
 
     Args:
         pad_id: id to fill up with; any id will do, as no supervised position sees a padded one.
         references: log-probabilities of each row's supervised tokens under the reference, by stage and row. They may be
             put there after the collator is made.
         stage: which of them are this collator's.
+        packed: whether a row may have several sequences; the batch then says where each begins.
+        width: positions of a row; by default as many as the longest needs.
     """
 
     def __init__(
-        self, pad_id: int = 0, references: "Mapping[str, Reference] | None" = None, stage: str = "train"
+        self,
+        pad_id: int = 0,
+        references: "Mapping[str, Reference] | None" = None,
+        stage: str = "train",
+        packed: bool = False,
+        width: int | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.references = {} if references is None else references
         self.stage = stage
+        self.packed, self.width = packed, width
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Rows with `row`, `input_ids` (T_i,) and `supervised` (T_i,), the latter not shifted yet."""
-        width = max((len(row["input_ids"]) for row in rows), default=1)
+    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
+        """Rows of sequences with `row`, `input_ids` (T_i,) and `supervised` (T_i,), the latter not shifted yet."""
+        lengths = [[len(sequence["input_ids"]) for sequence in row] for row in rows]
+        longest = max((sum(row) for row in lengths), default=1)
+        width = self.width if self.width is not None and rows else longest
         ids = np.full((max(len(rows), 1), width), self.pad_id, dtype=np.int64)  # no rows: one padded position
-        flat, target, sequence, position = [], [], [], []
-        for number, row in enumerate(rows):
-            tokens = np.asarray(row["input_ids"])
-            ids[number, : len(tokens)] = tokens
-            before = np.flatnonzero(np.asarray(row["supervised"])[1:])  # the position before each supervised token
-            flat.append(number * width + before)
+        flat, target, number, position = [], [], [], []
+        sequences = [sequence for row in rows for sequence in row]
+        for index, (sequence, start) in enumerate(zip(sequences, _starts(lengths, width), strict=True)):
+            tokens = np.asarray(sequence["input_ids"])
+            ids.reshape(-1)[start : start + len(tokens)] = tokens
+            before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])  # the position before each supervised token
+            flat.append(start + before)
             target.append(tokens[before + 1])
-            sequence.append(np.full(len(before), number))
+            number.append(np.full(len(before), index))
             position.append(np.arange(len(before)))
         return Batch(
             input_ids=torch.from_numpy(ids),
             supervised=_joined(flat),
             target=_joined(target),
-            sequence=_joined(sequence),
+            sequence=_joined(number),
             position=_joined(position),
-            row=torch.tensor([row["row"] for row in rows], dtype=torch.long),
-            tokens=sum(len(row["input_ids"]) for row in rows),
-            ref_logp=self._reference(rows),
+            row=torch.tensor([sequence["row"] for sequence in sequences], dtype=torch.long),
+            tokens=sum(map(sum, lengths)),
+            ref_logp=self._reference(sequences),
+            **(_borders(lengths, ids.shape) if self.packed else {}),
         )
 
-    def _reference(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    def _reference(self, sequences: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if (known := self.references.get(self.stage)) is None:
             return None
-        parts = [known[row["row"]] for row in rows]
+        parts = [known[sequence["row"]] for sequence in sequences]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
+
+
+def _starts(lengths: list[list[int]], width: int) -> list[int]:
+    """The flat position at which each sequence begins."""
+    return [index * width + sum(row[:place]) for index, row in enumerate(lengths) for place in range(len(row))]
+
+
+def _borders(lengths: list[list[int]], shape: tuple[int, ...]) -> dict[str, Any]:
+    """What tells attention where documents begin and end; a row's padding is a document of its own."""
+    rows, width = shape
+    filled = [*lengths, *[[] for _ in range(rows - len(lengths))]]
+    documents = np.array([size for row in filled for size in (*row, width - sum(row)) if size], dtype=np.int64)
+    ends = np.cumsum(documents)
+    positions = np.arange(rows * width) - np.repeat(ends - documents, documents)
+    return {
+        "position_ids": torch.from_numpy(positions.reshape(rows, width)),
+        "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        "longest": int(documents.max()),
+    }
 
 
 def _joined(parts: list["np.ndarray"]) -> Tensor:

@@ -1,8 +1,6 @@
 """`ChatDataModule` and `NuminaMathDataModule`: from rows to the batches of each optimizer step."""
 
-from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -10,17 +8,18 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dft_lightning.data.batch import Batch, Collator
-from dft_lightning.data.sources import Columns, load_rows
-from dft_lightning.data.steps import Geometry, Grouping, StepSampler
-from dft_lightning.data.tokenized import TokenizedRows, tokenize
-from dft_lightning.embedded import cache_dir as default_cache_dir
+from dft_lightning.data.packing import Grouping, Layout, Packed, Padded, Row
+from dft_lightning.data.rows import StageRows, split_rows
+from dft_lightning.data.sources import Columns
+from dft_lightning.data.steps import Geometry, StepSampler, steps_an_epoch
+from dft_lightning.data.tokenized import TokenizedRows
 from dft_lightning.errors import UserError
+from dft_lightning.resume import changes, refuse
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
     from dft_lightning.data.rendering import ChatRenderer
@@ -51,8 +50,12 @@ class ChatDataModule(pl.LightningDataModule):
             those trained on.
         test_path: file, folder or glob for `dft test`.
         global_batch_size: sequences of an optimizer step, over all ranks; accumulation follows from it.
-        micro_batch_size: most sequences a device holds at a time.
-        grouping: sequences of similar length of a step share a micro-batch (length), or they stay in order (plain).
+        micro_batch_size: most rows a device holds at a time: sequences, or packed rows.
+        packing: lay several sequences of a step into one row: true for rows of a fixed number of tokens, padding_free
+            for one row a micro-batch, of at most micro_batch_size times as many and without any padding.
+        pack_length: tokens of a packed row; by default max_length.
+        grouping: without packing, sequences of similar length of a step share a micro-batch (length), or they stay in
+            order (plain).
         shuffle: a new order every epoch, by seed.
         drop_last: leave out an epoch's last step where it is not full.
         seed: of the shuffle, the subset and the validation split.
@@ -84,6 +87,8 @@ class ChatDataModule(pl.LightningDataModule):
         test_path: str | None = None,
         global_batch_size: int = 256,
         micro_batch_size: int = 4,
+        packing: bool | Literal["padding_free"] = False,
+        pack_length: int | None = None,
         grouping: Grouping = "length",
         shuffle: bool = True,
         drop_last: bool = False,
@@ -105,33 +110,32 @@ class ChatDataModule(pl.LightningDataModule):
         self.test_rows: TokenizedRows | None = None
         self.reference: dict[str, Any] = {}
         """log-probabilities under the reference, by stage ("train", "val", "test") and row; see `Collator`."""
-        self.origin: dict[str, np.ndarray] = {}
-        """Which row of its source each row of a stage is."""
-        self._resume = {"epoch": 0, "batches": 0}
-        self._accumulation: int | None = None
+        self._rows_reader: StageRows | None = None
+        self._sampler: StepSampler | None = None
+        self._resume = {"epoch": 0, "steps": 0}
+        self._given: tuple[int, int | float | str | None] | None = None
         _refuse(self.options)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
     @property
-    def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        if self.tokenizer is None:
-            assert self.trainer is not None, "set `tokenizer`, or use the module in a trainer"
-            self.tokenizer = cast("FineTuner", self.trainer.lightning_module).tokenizer
-        return self.tokenizer
+    def _stage_rows(self) -> StageRows:
+        if self._rows_reader is None:
+            if self.tokenizer is None:
+                assert self.trainer is not None, "set `tokenizer`, or use the module in a trainer"
+                self.tokenizer = cast("FineTuner", self.trainer.lightning_module).tokenizer
+            self._rows_reader = StageRows(self.options, self.columns, self.tokenizer)
+        return self._rows_reader
 
-    @cached_property
+    @property
     def renderer(self) -> "ChatRenderer":
         """How conversations become tokens."""
-        from dft_lightning.data.rendering import ChatRenderer
+        return self._stage_rows.renderer
 
-        options = self.options
-        return ChatRenderer(
-            self._tokenizer,
-            system_prompt=options.system_prompt,
-            end_of_response=options.end_of_response,
-            template_kwargs=options.template_kwargs,
-        )
+    @property
+    def origin(self) -> dict[str, np.ndarray]:
+        """Which row of its source each row of a stage ("train", "val") is."""
+        return self._stage_rows.origin
 
     def prepare_data(self) -> None:
         """Tokenise everything once, into the cache, before the other processes of the node read it."""
@@ -142,7 +146,7 @@ class ChatDataModule(pl.LightningDataModule):
         loaded = self._load(stage)
         for name, rows in loaded.items():
             rank_zero_info(f"{name}: {rows.report}")
-        self.train_rows = loaded.get("train", self.train_rows)
+        self.train_rows, self._sampler = loaded.get("train", self.train_rows), None
         self.val_rows = loaded.get("val", self.val_rows)
         self.test_rows = loaded.get("test", self.test_rows)
         if self.trainer is not None:
@@ -154,60 +158,11 @@ class ChatDataModule(pl.LightningDataModule):
         """The rows that a command of the trainer needs, as far as there are such rows."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("train",)}
         stages = wanted.get(str(getattr(command, "value", command)), ("train", "val", "test"))
-        return {stage: self._tokenize(rows) for stage, rows in self._pick(stages).items()}
-
-    def _pick(self, stages: Sequence[str]) -> "dict[str, datasets.Dataset]":
-        options, picked = self.options, {}
-        for stage, split, path in (("val", "validation", options.val_path), ("test", "test", options.test_path)):
-            if path is not None and stage in stages:
-                picked[stage] = load_rows(dataset=None, path=path, split=split, cache_dir=options.cache_dir)
-        if set(stages) <= picked.keys() | {"test"}:
-            return picked
-        source = load_rows(
-            dataset=options.dataset,
-            path=options.path,
-            name=options.name,
-            split=options.split,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-        )
-        train, val = self.split_rows(len(source))
-        self.origin = {"train": train, "val": val}
-        if "train" in stages:
-            picked["train"] = source.select(train)
-        if "val" in stages and len(val):
-            picked["val"] = source.select(val)
-        return picked
-
-    def _tokenize(self, rows: "datasets.Dataset") -> TokenizedRows:
-        options = self.options
-        return tokenize(
-            rows,
-            self.renderer,
-            self.columns,
-            max_length=options.max_length,
-            overlength=options.overlength,
-            cache_dir=Path(options.cache_dir or default_cache_dir()) / "tokens",
-            workers=options.tokenize_workers,
-            max_unusable_share=options.max_unusable_share,
-        )
+        return self._stage_rows.load(stages)
 
     def split_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted indices of the rows to train and to validate on, out of `count`; the two never meet.
-
-        Validation rows come from the end of the order (shuffled for subset="random"), so that the training rows stay
-        the same whatever `val_size` is, as long as there are rows enough.
-        """
-        options = self.options
-        order = np.arange(count)
-        if options.subset == "random":
-            order = np.random.default_rng(options.seed).permutation(count)
-        size, most = 0 if options.val_path else options.val_size, min(options.num_samples or count, count)
-        val = int(size) if size >= 1 else max(round(size * most), 1 if size else 0)  # one at least, where asked for
-        if val >= count:
-            raise UserError(f"data.val_size {size} leaves nothing to train on: there are {count} rows")
-        train = order[: min(options.num_samples or count, count - val)]
-        return np.sort(train), np.sort(order[count - val :])
+        """Sorted indices of the rows to train and to validate on, out of `count`; the two never meet."""
+        return split_rows(count, self.options)
 
     # -- batches ----------------------------------------------------------------------------------------------------
 
@@ -219,41 +174,73 @@ class ChatDataModule(pl.LightningDataModule):
 
     def _align(self, trainer: pl.Trainer) -> None:
         """Accumulation and validation interval count in optimizer steps, whatever the geometry."""
-        if trainer.accumulate_grad_batches not in (1, self._accumulation):
+        if self._given is None:  # a trainer that fits twice brings what was set here
+            self._given = trainer.accumulate_grad_batches, trainer.val_check_interval
+        accumulation, interval = self._given
+        if accumulation != 1:
             raise UserError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it out; it follows from "
+                f"trainer.accumulate_grad_batches is {accumulation}: leave it out; it follows from "
                 "data.global_batch_size, data.micro_batch_size and the number of devices"
             )
-        steps = self.sampler().steps
-        if steps == 0:
+        self._sampler, self._resume = None, {"epoch": 0, "steps": 0}
+        sampler = self.sampler()
+        if sampler.steps == 0:
             raise UserError(
                 f"{len(self._rows('train'))} training rows do not fill one step of data.global_batch_size "
                 f"{self.options.global_batch_size}: lower it, or set data.drop_last to false"
             )
-        if trainer.accumulate_grad_batches == self._accumulation:  # a second fit of the same trainer
-            return
-        trainer.accumulate_grad_batches = self._accumulation = self.geometry().micro_batches
-        interval = trainer.val_check_interval
+        trainer.accumulate_grad_batches = sampler.micro_batches
         if isinstance(interval, float) and interval < 1.0:
-            interval = max(1, int(interval * steps))
+            interval = max(1, int(interval * sampler.steps))
         if isinstance(interval, int):
-            if interval > steps and trainer.check_val_every_n_epoch is not None:
+            if interval > sampler.steps and trainer.check_val_every_n_epoch is not None:
                 raise UserError(
-                    f"trainer.val_check_interval is {interval} optimizer steps, an epoch has {steps}: lower it, or set "
-                    "trainer.check_val_every_n_epoch to null to count over epochs"
+                    f"trainer.val_check_interval is {interval} optimizer steps, an epoch has {sampler.steps}: lower "
+                    "it, or set trainer.check_val_every_n_epoch to null to count over epochs"
                 )
-            trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+            trainer.val_check_interval = interval * sampler.micro_batches
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row may have several sequences."""
+        return bool(self.options.packing)
 
     def sampler(self) -> StepSampler:
-        """The training steps."""
+        """The training steps, planned for the whole run."""
+        if self._sampler is None:
+            options, layout = self.options, self.layout
+            shape = self.geometry()
+            if options.packing == "padding_free":  # a micro-batch is one row
+                shape = replace(shape, micro_batch_size=1)
+            self._sampler = StepSampler(
+                self._rows("train").lengths,
+                shape,
+                seed=options.seed if options.shuffle else None,
+                layout=layout,
+                drop_last=options.drop_last,
+                epochs=self._epochs(),
+            )
+        return self._sampler
+
+    @property
+    def layout(self) -> Layout:
+        """How the sequences of a step are laid into rows."""
         options = self.options
-        return StepSampler(
-            self._rows("train").lengths,
-            self.geometry(),
-            seed=options.seed if options.shuffle else None,
-            grouping=options.grouping,
-            drop_last=options.drop_last,
-        )
+        if not options.packing:
+            return Padded(options.grouping)
+        width = options.pack_length or options.max_length
+        return Packed(width) if options.packing is True else Packed(width * options.micro_batch_size, fill=False)
+
+    def _epochs(self) -> int:
+        """For how many epochs to plan."""
+        if self.trainer is None:
+            return 1
+        epochs = self.trainer.max_epochs
+        known = [epochs] if epochs is not None and epochs > 0 else []
+        if self.trainer.max_steps > 0:
+            steps = steps_an_epoch(len(self._rows("train")), self.options.global_batch_size, self.options.drop_last)
+            known.append(-(-self.trainer.max_steps // max(steps, 1)))
+        return max(min(known, default=1), 1)
 
     def _rows(self, stage: str) -> TokenizedRows:
         rows: TokenizedRows | None = {"train": self.train_rows, "val": self.val_rows, "test": self.test_rows}[stage]
@@ -263,8 +250,13 @@ class ChatDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> "DataLoader[Batch]":
         """Micro-batches of the training steps; after a resume, from where the checkpoint was written."""
         sampler = self.sampler()
-        sampler.epoch, sampler.start = self._resume["epoch"], self._resume["batches"]
+        sampler.epoch, sampler.start = self._resume["epoch"], self._resume["steps"] * sampler.micro_batches
         return self._loader(self._rows("train"), sampler, "train")
+
+    def step(self, epoch: int, number: int) -> "list[Batch]":
+        """This rank's micro-batches of one training step, as the loader gives them."""
+        sequences, collate = _Sequences(self._rows("train")), self._collator(self.sampler(), "train")
+        return [collate([sequences[row] for row in rows]) for rows in self.sampler().step(epoch, number)]
 
     def val_dataloader(self) -> "DataLoader[Batch] | list[Any]":
         """All validation rows once; in a fit, nothing where there are none."""
@@ -288,7 +280,7 @@ class ChatDataModule(pl.LightningDataModule):
         if rows is None or stage != "train" or self.trainer is None or self.trainer.state.fn != "fit":
             return rows
         steps = cast("FineTuner", self.trainer.lightning_module).total_steps
-        return rows.select(self.sampler().rows_of_steps(steps))
+        return rows.select(self.sampler().sequences_of_steps(steps))
 
     def scoring_loader(self, rows: TokenizedRows, stage: str, workers: int | None = None) -> "DataLoader[Batch]":
         """Every row once, dealt over the ranks without repeats; ranks get equally many batches, empty ones included."""
@@ -300,35 +292,38 @@ class ChatDataModule(pl.LightningDataModule):
         self, rows: TokenizedRows, sampler: StepSampler, stage: str, workers: int | None = None
     ) -> "DataLoader[Batch]":
         workers = self.options.num_workers if workers is None else workers
-        tokenizer = self._tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        dataset: Any = rows  # of dictionaries, which the collator makes batches of
+        dataset: Any = _Sequences(rows)
         return DataLoader(
             dataset,
-            batch_sampler=sampler,
-            collate_fn=Collator(pad, self.reference, stage),
+            batch_sampler=cast("Sampler[Any]", sampler),
+            collate_fn=self._collator(sampler, stage),
             num_workers=workers,
             generator=torch.Generator(),  # it draws from the global one otherwise, and dropout would hang on validation
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
+    def _collator(self, sampler: StepSampler, stage: str) -> Collator:
+        pad = self._stage_rows.tokenizer.pad_token_id
+        packed = isinstance(sampler.layout, Packed)
+        return Collator(0 if pad is None else pad, self.reference, stage, packed, sampler.layout.width)
+
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is: right at the end of an optimizer step, when checkpoints are written."""
         assert self.trainer is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        epoch, total = self.trainer.current_epoch, len(self.sampler())
-        return {"epoch": epoch + done // total, "batches": done % total, "steps": self._identity()}
+        sampler = self.sampler()
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready // sampler.micro_batches
+        epoch = self.trainer.current_epoch
+        return {"epoch": epoch + done // sampler.steps, "steps": done % sampler.steps, "data": self._identity()}
 
     def _identity(self) -> dict[str, Any]:
-        """What decides which rows each micro-batch has."""
-        options, shape = self.options, self.geometry()
+        """What decides which rows each optimizer step has."""
+        options = self.options
         return {
             "training rows": self._rows("train").fingerprint,
             "data.global_batch_size": options.global_batch_size,
-            "micro-batches a step": shape.micro_batches,
             "data.seed": options.seed,
             "data.shuffle": options.shuffle,
             "data.drop_last": options.drop_last,
@@ -338,18 +333,25 @@ class ChatDataModule(pl.LightningDataModule):
         """Continue there; refused where the steps would be others than the checkpoint's.
 
         Raises:
-            UserError: rows, batch sizes, seed or shuffle differ; it names what does.
+            UserError: rows, steps, seed or shuffle differ and the run does not allow another "data"; it names them.
         """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        now = self._identity()
-        then = {key: state_dict["steps"].get(key) for key in now}
-        if changed := [f"{key}: {then[key]!r} → {now[key]!r}" for key in now if then[key] != now[key]]:
-            raise UserError(
-                f"the checkpoint's run has other steps ({'; '.join(changed)}), so that rows would be repeated or left "
-                "out: give the same options and number of devices, or start a new run from its exported model"
-            )
-        self._resume = {"epoch": state_dict["epoch"], "batches": state_dict["batches"]}
+        module = None if self.trainer is None else cast("FineTuner", self.trainer.lightning_module)
+        allowed = frozenset() if module is None else module.allow_changes
+        differences = changes(state_dict["data"], self._identity())
+        refuse({f"data ({what})": change for what, change in differences.items()} if "data" not in allowed else {})
+        self._resume = {"epoch": state_dict["epoch"], "steps": min(state_dict["steps"], self.sampler().steps)}
+
+
+class _Sequences(Dataset[list[dict[str, Any]]]):
+    """Rows of sequences, which the collator makes batches of."""
+
+    def __init__(self, rows: TokenizedRows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, row: Row) -> list[dict[str, Any]]:
+        return [self.rows[sequence] for sequence in row]
 
 
 class NuminaMathDataModule(ChatDataModule):
@@ -397,6 +399,13 @@ def _refuse(options: SimpleNamespace) -> None:
     for key in ("global_batch_size", "micro_batch_size", "max_length"):
         if getattr(options, key) < 1:
             raise UserError(f"data.{key} is {getattr(options, key)}; expected 1 or more")
+    if options.packing not in (True, False, "padding_free"):
+        raise UserError(f"data.packing is {options.packing!r}; expected true, false or padding_free")
+    if options.pack_length is not None and options.pack_length < options.max_length:
+        raise UserError(
+            f"data.pack_length is {options.pack_length}, shorter than data.max_length {options.max_length}: no "
+            "sequence is ever split, so raise the one or lower the other"
+        )
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"data.num_samples is {options.num_samples}; expected 1 or more, or null for all rows")
     if options.num_workers < 0:

@@ -1,17 +1,16 @@
 """Which sequences make up each optimizer step, and how a step is dealt out to ranks and micro-batches.
 
-A step's *set* of sequences depends on the seed, the epoch and `global_batch_size` alone. Micro-batch size, ranks and
-grouping only lay that set out: a rank with less to do gets empty micro-batches, and the last, smaller step of an epoch
-has as many micro-batches as every other.
+A step's *set* of sequences depends on the seed, the epoch and `global_batch_size` alone. Micro-batch size, ranks,
+grouping and packing only lay that set out: a rank with less to do gets empty micro-batches, and every step of a run
+has equally many.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 
-Grouping = Literal["length", "plain"]
+from dft_lightning.data.packing import Layout, Padded, Row
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Geometry:
 
     Args:
         global_batch_size: sequences of an optimizer step, over all ranks.
-        micro_batch_size: most sequences that one rank holds at a time.
+        micro_batch_size: most rows that one rank holds at a time.
         ranks: data-parallel ranks.
         rank: this one.
     """
@@ -30,42 +29,63 @@ class Geometry:
     ranks: int = 1
     rank: int = 0
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches a rank has in each step."""
-        return -(-self.global_batch_size // (self.micro_batch_size * self.ranks))
+    def rounds(self, rows: int) -> int:
+        """Micro-batches that each rank needs for so many rows."""
+        return -(-rows // (self.micro_batch_size * self.ranks))
+
+
+def steps_an_epoch(sequences: int, global_batch_size: int, drop_last: bool) -> int:
+    """Optimizer steps over so many sequences; the last may be smaller."""
+    full, rest = divmod(sequences, global_batch_size)
+    return full + (1 if rest and not drop_last else 0)
 
 
 @dataclass
 class StepSampler:
     """A batch sampler without hidden state: the same seed and epoch give the same steps, from any starting point.
 
+    A micro-batch is a list of rows, and a row a list of sequences.
+
     Args:
-        lengths: (rows,) tokens of each row.
+        lengths: (sequences,) tokens of each.
         geometry: how a step is cut up.
-        seed: of the shuffle; None keeps the rows in order.
-        grouping: "length" puts sequences of similar length of a step into one micro-batch; "plain" keeps their order.
+        seed: of the shuffle; None keeps the order.
+        layout: how sequences are laid into rows.
         drop_last: leave out the last step of an epoch where it has fewer than `global_batch_size` sequences.
+        epochs: for so many epochs the number of micro-batches a step is to suffice.
         start: micro-batches of the first epoch to pass over (after a resume).
     """
 
     lengths: np.ndarray
     geometry: Geometry
     seed: int | None = None
-    grouping: Grouping = "length"
+    layout: Layout = field(default_factory=Padded)
     drop_last: bool = False
+    epochs: int = 1
     epoch: int = 0
     start: int = 0
+
+    def __post_init__(self) -> None:
+        self.micro_batches = max([1, *map(self.geometry.rounds, self._rows_of_steps())])
+        """Micro-batches a rank has in each step: as many as the step with the most rows needs."""
+
+    def _rows_of_steps(self) -> Iterator[int]:
+        """How many rows each step of the run has, or the most of them where that is known."""
+        if isinstance(self.layout, Padded):
+            yield min(self.geometry.global_batch_size, len(self.lengths))
+            return
+        for epoch in range(self.epochs):
+            for number in range(self.steps):
+                yield len(self.rows(epoch, number))
 
     @property
     def steps(self) -> int:
         """Optimizer steps an epoch."""
-        full, rest = divmod(len(self.lengths), self.geometry.global_batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        return steps_an_epoch(len(self.lengths), self.geometry.global_batch_size, self.drop_last)
 
     def __len__(self) -> int:
         """Micro-batches an epoch on this rank, those passed over included."""
-        return self.steps * self.geometry.micro_batches
+        return self.steps * self.micro_batches
 
     @property
     def sampler(self) -> "StepSampler":
@@ -77,34 +97,49 @@ class StepSampler:
         self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in the order in which the steps take them."""
+        """The sequences of an epoch in the order in which the steps take them."""
         if self.seed is None:
             return np.arange(len(self.lengths))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        if getattr(self, "_order", (None, None))[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        return self._order[1]
 
-    def rows_of_steps(self, steps: int) -> np.ndarray:
-        """Sorted rows that the first `steps` optimizer steps of a run use."""
+    def sequences_of_steps(self, steps: int) -> np.ndarray:
+        """Sorted sequences that the first `steps` optimizer steps of a run use."""
         size, epochs = self.geometry.global_batch_size, range(-(-steps // max(self.steps, 1)))
         used = [self.order(epoch)[: min(steps - epoch * self.steps, self.steps) * size] for epoch in epochs]
         return np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Row]]:
         start, self.start = self.start, 0
-        order, size = self.order(self.epoch), self.geometry.global_batch_size
-        for number in range(start // self.geometry.micro_batches, self.steps):
-            dealt = self.deal(order[number * size : (number + 1) * size])
-            skip = start % self.geometry.micro_batches if number == start // self.geometry.micro_batches else 0
-            yield from dealt[skip:]
+        for number in range(start // self.micro_batches, self.steps):
+            skip = start % self.micro_batches if number == start // self.micro_batches else 0
+            yield from self.step(self.epoch, number)[skip:]
 
-    def deal(self, rows: np.ndarray) -> list[list[int]]:
-        """This rank's micro-batches of a step; together the ranks have each row once.
+    def rows(self, epoch: int, number: int) -> list[Row]:
+        """A step's sequences laid into rows, for all ranks."""
+        size = self.geometry.global_batch_size
+        sequences = self.order(epoch)[number * size : (number + 1) * size]
+        return self.layout.rows(sequences, self.lengths[sequences])
 
-        Micro-batches are as equal in size as can be. Grouped by length, the longest come first, so that a step that
-        does not fit the memory fails at once, and neighbours go to different ranks, which then have about the same to
-        do.
+    def step(self, epoch: int, number: int) -> list[list[Row]]:
+        """This rank's micro-batches of a step; together the ranks have each sequence once.
+
+        Micro-batches are as equal in size as can be, and neighbours go to different ranks, which then have about the
+        same to do; the longest come first, so that a step that does not fit the memory fails at once.
         """
-        shape = self.geometry
-        if self.grouping == "length":
-            rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
-        cut = np.array_split(rows, shape.micro_batches * shape.ranks)
-        return [part.tolist() for part in cut[shape.rank :: shape.ranks]]
+        shape, rows = self.geometry, self.rows(epoch, number)
+        cut = np.array_split(np.arange(len(rows)), max(shape.rounds(len(rows)), 1) * shape.ranks)
+        mine = [[rows[index] for index in part] for part in cut[shape.rank :: shape.ranks]]
+        return mine + [[]] * (self.micro_batches - len(mine))
+
+    def share_used(self, epoch: int = 0) -> float:
+        """Share of an epoch's positions, of all ranks, that hold a token and no padding."""
+        shape, positions, tokens = self.geometry, 0, 0
+        for number in range(self.steps):
+            rows = self.rows(epoch, number)
+            widths = np.array([self.lengths[row].sum() for row in rows])
+            tokens += int(widths.sum())
+            cut = np.array_split(widths, max(shape.rounds(len(rows)), 1) * shape.ranks)
+            positions += sum(len(part) * (self.layout.width or int(part.max())) for part in cut if len(part))
+        return tokens / max(positions, 1)

@@ -40,6 +40,7 @@ def weighted_nll(
     transform: LogitTransform | None = None,
     progress: float = 0.0,
     wanted: Iterable[str] = (),
+    weight: Tensor | None = None,
     chunk_rows: int | None = None,
     **brought: Tensor,
 ) -> tuple[Tensor, TokenStats]:
@@ -51,12 +52,13 @@ def weighted_nll(
         hidden: (N, H) last hidden states at the positions whose next token is supervised.
         head_weight: (V, H) weight of the output embedding; tied or not.
         targets: (N,) ids of the next tokens, each in [0, V).
-        weighting: what each token is worth; its scope is "token" or "sequence".
+        weighting: what each token is worth; its scope is "token" or "sequence", unless `weight` is given.
         sequence: (N,) which sequence a token belongs to; all of one sequence if not given.
         factor: (N,) n_t, the normaliser's factor a token; 1 if not given. It is no part of the reported weight.
         transform: the model family's bias, scale and soft-cap.
         progress: share of training done, for scheduled weightings.
         wanted: further statistics of the distribution to compute: "entropy", "topk_entropy", "collision", "rank".
+        weight: (N,) weights that are known already, as those of `step` scope are; the weighting is then not asked.
         chunk_rows: rows whose logits are held at a time; by default as many as fit 100 MiB (CPU) or 2 GiB (GPU).
         **brought: what else a token brings along, (N,) each: position, ref_logp, old_logp, reward, data_weight.
 
@@ -65,10 +67,10 @@ def weighted_nll(
         graph, for N = 0); and the `TokenStats` of all N tokens with `weight` filled in, at least float32.
 
     Raises:
-        ValueError: a shape does not fit, a target is missing, the weighting's scope is "step", or something that the
-            weighting needs was not given.
+        ValueError: a shape does not fit, a target is missing, the weighting's scope is "step" and no `weight` is given,
+            or something that the weighting needs was not given.
     """
-    _check(hidden, head_weight, targets, weighting, brought)
+    _check(hidden, head_weight, targets, weighting, brought, weight)
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     transform = transform or LogitTransform()
     job = _Job(
@@ -79,7 +81,8 @@ def weighted_nll(
         progress=progress,
         factor=None if factor is None else factor.to(compute),
         transform=transform,
-        names=frozenset((set(weighting.needs) | set(wanted)) & DISTRIBUTION_STATISTICS),
+        known=None if weight is None else weight.detach().to(compute),
+        names=frozenset((set(weighting.needs if weight is None else ()) | set(wanted)) & DISTRIBUTION_STATISTICS),
         chunk_rows=chunk_rows or _default_rows(hidden.device, head_weight.shape[0]),
         compute=compute,
         product=_product_dtype(hidden),
@@ -100,6 +103,7 @@ class _Job:
     progress: float
     factor: Tensor | None
     transform: LogitTransform
+    known: Tensor | None
     names: frozenset[str]
     chunk_rows: int
     compute: torch.dtype  # of logits, statistics and weights
@@ -167,6 +171,9 @@ class _WeightedNLL(torch.autograd.Function):
 
 def _run(job: _Job, hidden: Tensor, weight: Tensor, gradients: _Gradients) -> Tensor:
     """Fill `gradients` and `job.result`; return the loss, (), in the compute precision."""
+    if job.known is not None:
+        given = job.known
+        return _pass(job, hidden, weight, gradients, lambda _stats, rows: given[rows])
     if job.weighting.scope == "token":
         return _pass(job, hidden, weight, gradients, lambda stats, _rows: checked_weights(job.weighting, stats))
     _pass(job, hidden, weight, _Gradients(), lambda stats, _rows: torch.ones_like(stats.logp))
@@ -273,21 +280,30 @@ def _default_rows(device: torch.device, vocabulary: int) -> int:
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weighting: TokenWeighting, brought: dict[str, Tensor]
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weighting: TokenWeighting,
+    brought: dict[str, Tensor],
+    weight: Tensor | None,
 ) -> None:
     """Refuse what would be computed wrongly, without waiting for a GPU."""
     name = type(weighting).__name__
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        shapes = f"hidden {tuple(hidden.shape)}, head_weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden {tuple(hidden.shape)}, head_weight {tuple(head.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"weighted_nll got {shapes}; expected (N, H), (V, H) and (N,)")
-    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
+    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(head):
         span = f"{targets.min().item()} to {targets.max().item()}"
-        raise ValueError(f"targets are {span}; expected ids in [0, {len(weight)}): leave masked positions out")
-    if weighting.scope == "step":
-        raise ValueError(f"{name} looks at the whole optimizer step; weighted_nll sees one micro-batch only")
+        raise ValueError(f"targets are {span}; expected ids in [0, {len(head)}): leave masked positions out")
+    if weight is None and weighting.scope == "step":
+        raise ValueError(
+            f"{name} looks at the whole optimizer step; weighted_nll sees one micro-batch only: give it the `weight`s"
+        )
+    if weight is not None and weight.shape != targets.shape:
+        raise ValueError(f"weight is {tuple(weight.shape)}; expected {tuple(targets.shape)}, one value a target")
     if unknown := set(brought) - BROUGHT_ALONG:
         raise ValueError(f"unknown keyword {sorted(unknown)}; a token can bring along {sorted(BROUGHT_ALONG)}")
-    if missing := set(weighting.needs) - DISTRIBUTION_STATISTICS - set(brought):
+    if weight is None and (missing := set(weighting.needs) - DISTRIBUTION_STATISTICS - set(brought)):
         raise ValueError(f"{name} needs {sorted(missing)}, which were not given")
     if wrong := {key: tuple(value.shape) for key, value in brought.items() if value.shape != targets.shape}:
         raise ValueError(f"got {wrong}; expected {tuple(targets.shape)}, one value a target")

@@ -92,7 +92,7 @@ def test_a_rank_with_nothing_to_do_in_a_batch(model_dir, tmp_path):
     row = {"row": 0, "input_ids": np.array([5, 6, 7]), "supervised": np.array([False, True, True])}
     scores = TokenScores()
     scores.on_predict_start(trainer, module)
-    for rows in ([], [row], []):
+    for rows in ([], [[row]], []):
         batch = Collator()(rows)
         zeros = torch.zeros(len(batch.target))
         tokens = TokenStats(

@@ -12,7 +12,7 @@ def row(number, ids, supervised):
 
 
 def test_labels_are_shifted_once_and_masked():
-    batch = Collator(pad_id=9)([row(7, [5, 6, 7, 8], [0, 0, 1, 1]), row(3, [5, 6], [0, 1])])
+    batch = Collator(pad_id=9)([[row(7, [5, 6, 7, 8], [0, 0, 1, 1])], [row(3, [5, 6], [0, 1])]])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 9]]
     assert batch.supervised.tolist() == [1, 2, 4]  # the positions before 7, before 8, and before 6
     assert batch.target.tolist() == [7, 8, 6]
@@ -25,15 +25,51 @@ def test_labels_are_shifted_once_and_masked():
 
 def test_a_first_token_has_no_predecessor_to_learn_from():
     """Traps 9 and 19: it neither counts nor reaches back into the row before."""
-    batch = Collator()([row(0, [5, 6], [1, 1]), row(1, [7, 8], [1, 0])])
+    batch = Collator()([[row(0, [5, 6], [1, 1])], [row(1, [7, 8], [1, 0])]])
     assert batch.target.tolist() == [6]
     assert batch.supervised.tolist() == [0]
 
 
 def test_padding_with_the_stop_token_does_not_mask_the_real_one():
     """Trap 20."""
-    batch = Collator(pad_id=2)([row(0, [5, 6, 2], [0, 1, 1]), row(1, [5, 2], [0, 1])])
+    batch = Collator(pad_id=2)([[row(0, [5, 6, 2], [0, 1, 1])], [row(1, [5, 2], [0, 1])]])
     assert batch.target.tolist() == [6, 2, 2]
+
+
+A, B, C = row(7, [5, 6, 7], [0, 1, 1]), row(3, [2, 8], [1, 1]), row(4, [6, 5, 4], [0, 0, 1])
+
+
+def test_packed_rows_in_ids_written_out():
+    """Traps 9 and 19: borders come from lengths, positions restart, and a first token is no label of the one before."""
+    batch = Collator(pad_id=9, packed=True, width=6)([[A, B], [C]])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8, 9], [6, 5, 4, 9, 9, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 6, 9, 12]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.longest == 3
+    assert batch.supervised.tolist() == [0, 1, 3, 7]
+    assert batch.target.tolist() == [6, 7, 8, 4]
+    assert batch.sequence.tolist() == [0, 0, 1, 2]
+    assert batch.position.tolist() == [0, 1, 0, 0]
+    assert batch.row.tolist() == [7, 3, 4]
+    assert batch.tokens == 8
+
+
+def test_padding_free_rows_have_none():
+    batch = Collator(packed=True)([[A, B, C]])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8, 6, 5, 4]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+
+
+def test_an_empty_packed_batch_is_one_document_of_padding():
+    batch = Collator(pad_id=4, packed=True, width=6)([])
+    assert (batch.input_ids.tolist(), batch.position_ids.tolist()) == ([[4]], [[0]])
+    assert (batch.cu_seqlens.tolist(), batch.longest, len(batch)) == ([0, 1], 1, 0)
+
+
+def test_a_full_row_has_no_padding_document():
+    assert Collator(packed=True, width=5)([[A, B]]).cu_seqlens.tolist() == [0, 3, 5]
 
 
 def test_nothing_at_all():
@@ -45,16 +81,16 @@ def test_nothing_at_all():
 
 def test_reference_values_follow_their_rows():
     reference = {4: np.array([-1.0, -2.0], np.float32), 9: np.array([-3.0], np.float32)}
-    rows = [row(9, [5, 6], [0, 1]), row(4, [5, 6, 7], [0, 1, 1])]
+    rows = [[row(9, [5, 6], [0, 1])], [row(4, [5, 6, 7], [0, 1, 1])]]
     batch = Collator(references={"train": reference})(rows)
     assert batch.ref_logp.tolist() == [-3.0, -1.0, -2.0]
     assert Collator(references={"train": reference})([]).ref_logp.dtype == torch.float32
     with pytest.raises(KeyError):
-        Collator(references={"train": reference})([row(1, [5, 6], [0, 1])])
+        Collator(references={"train": reference})([[row(1, [5, 6], [0, 1])]])
 
 
 def test_moving_keeps_everything():
-    batch = Collator(references={"train": {0: np.array([-1.0], np.float32)}})([row(0, [5, 6], [0, 1])])
+    batch = Collator(references={"train": {0: np.array([-1.0], np.float32)}})([[row(0, [5, 6], [0, 1])]])
     moved = batch.to("cpu")
     assert vars(moved).keys() == vars(batch).keys()
     assert moved.tokens == 2

@@ -193,11 +193,11 @@ def test_practice_problems_need_no_file(tmp_path):
 def test_a_state_continues_with_the_remaining_batches(rows_file, micro):
     """In the middle of an epoch, at its end, and in a later one."""
     data = made(rows_file, global_batch_size=8, micro_batch_size=micro)
-    each, epochs = data.geometry().micro_batches, []
+    each, epochs = data.sampler().micro_batches, []
     for epoch in range(3):
         sampler = data.sampler()
         sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
+        epochs.append([[one for row in batch for one in row] for batch in sampler])
     assert all(one != other for one, other in pairwise(epochs))
     for epoch, steps in [(0, 0), (0, 1), (0, 3), (0, 4), (1, 2)]:
         progress = SimpleNamespace(current=SimpleNamespace(ready=steps * each))
@@ -205,6 +205,8 @@ def test_a_state_continues_with_the_remaining_batches(rows_file, micro):
         data.trainer = SimpleNamespace(
             fit_loop=loop,
             current_epoch=epoch,
+            max_epochs=3,
+            max_steps=-1,
             world_size=1,
             global_rank=0,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),

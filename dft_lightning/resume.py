@@ -1,0 +1,114 @@
+"""What makes a run the run it is: kept in its checkpoints, and compared before one is gone on with."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from dft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from dft_lightning.module import FineTuner
+
+Change = Literal["model", "tokenizer", "data", "weighting", "normalize"]
+"""What `allow_changes` can name: a run may go on with another one of these if its user says so."""
+
+KEY = "dft_lightning"
+"""Where a checkpoint holds the facts below."""
+
+_OF_THE_VERSION = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+def options_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of a `FineTuner` say that it optimises."""
+    return {
+        "model": hparams["model_name"],
+        "weighting": hparams["weighting"],
+        "normalize": hparams["normalize"],
+        "lora": hparams["lora"],
+        "tokenizer": hparams["tokenizer_name"],
+        "tokenizer (chat template)": hparams["chat_template"],
+    }
+
+
+def contents_of(module: "FineTuner") -> dict[str, str]:
+    """sha256 of what those names stand for: they may hold something else by now."""
+    assert module.network is not None
+    config = {key: value for key, value in module.network.base.config.to_dict().items() if key not in _OF_THE_VERSION}
+    tokenizer = module.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # not there where the tokenizer is slow
+    # truncation and padding, which stand before the added tokens, are left there by whoever called it last
+    vocabulary = backend.to_str().partition('"added_tokens"')[2] if backend else tokenizer.get_vocab()
+    return {
+        "model (architecture)": _sha256(json.dumps(config, sort_keys=True, default=str)),
+        "tokenizer (content)": _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template])),
+    }
+
+
+def facts_of(module: "FineTuner") -> dict[str, Any]:
+    """What a checkpoint keeps."""
+    return {
+        "options": options_of(module.hparams),
+        "contents": contents_of(module),
+        "optimizer": type(module.trainer.optimizers[0]).__qualname__,
+        "reference": module.reference_weights,
+        "skipped": module.skipped.state(),
+        "micro_batches": module.trainer.accumulate_grad_batches,
+        "total_steps": module.total_steps,
+        "saved_at": time.time(),
+    }
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, each as "before → now"."""
+    pairs = {what: (then.get(what), value) for what, value in now.items()}
+    return {what: f"{_short(old)} → {_short(new)}" for what, (old, new) in pairs.items() if old != new}
+
+
+def refuse(differences: Mapping[str, str], allowed: frozenset[str] = frozenset()) -> None:
+    """Raise a `UserError` that names all differences that are not `allowed`."""
+    left = {what: change for what, change in differences.items() if what.split(" ")[0] not in allowed}
+    if not left:
+        return
+    kinds = sorted({what.split(" ")[0] for what in left})
+    listed = "; ".join(f"{what}: {change}" for what, change in left.items())
+    if {"lora", "optimizer"} & set(kinds):
+        way = "its state does not fit these options: give the same ones"
+    else:
+        way = f"go on all the same with --allow_changes '[{', '.join(kinds)}]'"
+    raise UserError(
+        f"the checkpoint is of a run with other options ({listed}): choose another --run_dir, start anew with "
+        f"--overwrite true, or a new run from its exported model; {way}"
+    )
+
+
+def rescale_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Let Lightning's counters of micro-batches fit another number of them in each step."""
+    before = checkpoint[KEY]["micro_batches"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        short = counts["ready"] - counts["completed"]  # 1 where it was saved at the end of a micro-batch
+        for name in ("ready", "started", "processed", "completed"):
+            counts[name] = -(-counts[name] // before) * micro_batches
+        counts["completed"] = counts["ready"] - short
+
+
+def age(seconds: float) -> str:
+    """A time span in words."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} seconds"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "class_path" in value:
+        given = ", ".join(f"{key}={_short(inner)}" for key, inner in value.get("init_args", {}).items())
+        return f"{value['class_path'].rpartition('.')[2]}({given})"
+    text = value if isinstance(value, str) else repr(value)
+    return f"{text[:12]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
