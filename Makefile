@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick check format clean
+.PHONY: help setup demo test test-quick exactness kill-and-resume check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,12 @@ test: $(READY)  ## the whole test suite, with coverage
 
 test-quick: $(READY) ## the tests that need neither the real model nor other processes
 	$(BIN)/python -m pytest -m 'not slow'
+
+exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/exactness.py
+
+kill-and-resume: $(READY) ## kill runs at 50 random moments and start them again: the same to the bit
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 50
 
 check: $(READY) ## lint (the Dockerfile too), format and types, as CI does
 	$(BIN)/ruff check .

@@ -31,13 +31,15 @@ class Recorder(pl.Callback):
         self.gradients.append(torch.cat([grad.detach().flatten().double() for grad in grads]))
 
 
-def fit(model, rows, weighting=None, *, module=None, data=None, **trainer) -> tuple[FineTuner, Recorder, pl.Trainer]:
+def fit(
+    model, rows, weighting=None, *, module=None, data=None, kind=FineTuner, **trainer
+) -> tuple[FineTuner, Recorder, pl.Trainer]:
     """Train on a file of rows, one epoch unless told otherwise; dropout is off."""
     pl.seed_everything(0, verbose=False)
     recorder = Recorder()
     options = {"global_batch_size": 8, "micro_batch_size": 8, "max_length": 200}
     # SGD: the gradient of a later step does not hang on how the earlier one was rounded, as Adam's division does
-    finetuner = FineTuner(
+    finetuner = kind(
         str(model), weighting or DFT(), **({"optimizer": lambda p: torch.optim.SGD(p, lr=0.01)} | (module or {}))
     )
     datamodule = NuminaMathDataModule(str(rows), **(options | (data or {})))

@@ -67,9 +67,9 @@ def test_padding_changes_nothing():
     for index, length in enumerate((12, 7, 9)):
         ids = batch().input_ids[index, :length].numpy()
         alone.append(
-            model(Collator(1)([[{"row": 0, "input_ids": ids, "supervised": [i > 2 for i in range(length)]}]]), Uniform())[
-                1
-            ]
+            model(
+                Collator(1)([[{"row": 0, "input_ids": ids, "supervised": [i > 2 for i in range(length)]}]]), Uniform()
+            )[1]
         )
     torch.testing.assert_close(whole.logp, torch.cat([one.logp for one in alone]), rtol=1e-10, atol=1e-12)
 

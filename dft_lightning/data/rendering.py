@@ -24,13 +24,14 @@ from dft_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDERING_VERSION = 1  # to be raised whenever the same row comes out as other ids or another mask: it keys the cache
+RENDERING_VERSION = 2  # to be raised whenever the same row comes out as other ids or another mask: it keys the cache
 TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 # For templates that write today's date (Llama-3.2, Granite): data must not change overnight. Llama's own fallback date.
 FIXED_DATE = datetime(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REFUSED = "the chat template refuses these roles"
 NO_STOP = "no stop token after an assistant turn"
+MOST_CHARACTERS = 1 << 22  # of a text: at 10 million blanks tokenizers' regular expressions panic, past every `except`
 PROBES = ("1 + 1 = 2", "\n leading", "\n\ntwo", "trailing \n", " Ω≈ç, 你好 🙂", "12345 6789", "- {x}\n\n```\ty\n```")
 
 Message: TypeAlias = Mapping[str, str]
@@ -101,6 +102,10 @@ class ChatRenderer:
         # Left out are special tokens that the tokenizer reads in any text: no text could be told from them.
         self._ids = {token: own for (token, own), ids in zip(special.items(), spelt, strict=True) if own not in ids}
         self._special = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or r"(?!)")
+        # Those that are looked for in the normalised text have other spellings, as "＜eos＞" for "<eos>".
+        normalizes = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None) is not None
+        added = tokenizer.added_tokens_decoder.values()
+        self._respelt = normalizes and any(token.special and token.normalized for token in added)
         self._scaffolds: dict[tuple[str, ...], tuple[list[str], list[int]]] = {}
         # SentencePiece puts a space before every text. There, a text that goes on after another one is tokenised
         # behind a line break, which is a token of its own, and which is taken away again.
@@ -189,7 +194,7 @@ class ChatRenderer:
         context: list[tuple[str, bool]] = []
         for (role, text), (_, following) in pairwise(parts):
             if role != "assistant":
-                context.append((text, not role or not self._special.search(text)))
+                context.append((text, not role or not self._spells_special(text)))
                 continue
             if not (stop := self._special.match(following)):
                 raise UnusableRow(NO_STOP, f"no special token begins {following[:20]!r}")
@@ -201,6 +206,11 @@ class ChatRenderer:
             segments.append(_Segment(lead + text, False, stop=stop[0]))
             context = []
         return segments
+
+    def _spells_special(self, text: str) -> bool:
+        if self._respelt and not set(self._ids.values()).isdisjoint(self._encode([text], parsed=True)[0]):
+            return True
+        return self._special.search(text) is not None
 
     def _tokenize(self, segments: Sequence[_Segment]) -> Iterator[list[int]]:
         """The ids of every segment without its stop token, in two calls."""
@@ -278,6 +288,8 @@ def _checked(messages: Sequence[Message], system_prompt: str | None) -> Chat:
             raise UnusableRow("content that is not a text", type(content).__name__)
         if any(message.get(part) for part in ("tool_calls", "reasoning_content", "reasoning", "thinking")):
             raise UnusableRow("tool calls or reasoning outside the content")
+        if len(content) > MOST_CHARACTERS:
+            raise UnusableRow("a text longer than tokenizers stand", f"{len(content)} of {MOST_CHARACTERS} characters")
         if content.encode(errors="replace") != content.encode(errors="ignore"):
             raise UnusableRow("lone surrogates, which no tokenizer can encode")
     chat = [{"role": message["role"], "content": message["content"]} for message in messages]

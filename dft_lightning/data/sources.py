@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 # What rows of local files have besides: the row as a line of JSON, if it is one; its file ("a.jsonl line"); its number.
 LINE, _PLACE, _NUMBER = "__line__", "__place__", "__number__"
-_FORMAT = "1"  # of the Arrow files; part of their name
+_FORMAT = "2"  # of the Arrow files; part of their name
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 _BATCH_ROWS = 1000
 _READ_BYTES = 16 << 20
 _NO_ROWS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")  # what datasets adds
@@ -145,7 +147,7 @@ def _of_split(files: dict[str, Path], split: str) -> dict[str, Path]:
 
 
 def listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in islice(sorted(names), 20))  # a row's keys may be anything
+    return ", ".join(f"{name!r:.200}" for name in islice(sorted(names), 20))  # a row's keys may be anything
 
 
 def _file_rows(files: Mapping[str, Path], cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
@@ -154,11 +156,15 @@ def _file_rows(files: Mapping[str, Path], cache_dir: str | os.PathLike[str] | No
 
     digest = hashlib.sha256(_FORMAT.encode())
     for name, file in files.items():
-        with file.open("rb") as stream:
-            digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())  # 2 GB/s
+        try:
+            with file.open("rb") as stream:
+                digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())  # 2 GB/s
+        except OSError as error:
+            raise UserError(f"cannot read {str(file)!r}: {error!r:.300}") from error
     key = digest.hexdigest()
     target = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "dft_rows" / f"{key}.arrow"
     try:
+        _refuse_cut(target)
         table = MemoryMappedTable.from_file(str(target))
     except (OSError, ValueError):  # not there yet, or cut off
         _write_arrow(files, target)
@@ -193,24 +199,60 @@ def _tables(files: Mapping[str, Path]) -> Iterator[pa.Table]:
                 table = table.append_column(_PLACE, pa.array([f"{name} {kind}"] * len(table), pa.string()))
                 table = table.append_column(_NUMBER, pa.array(range(count, count + len(table)), pa.int64()))
                 count += len(table)
+                fields = _fields(table.schema)
                 if LINE in table.column_names:
                     table = table.filter(pc.match_substring_regex(table[LINE], r"\S"))
                 if schema is None:
-                    datasets.Features.from_arrow_schema(table.schema)  # a ValueError where datasets knows no such type
-                    schema = table.schema
+                    datasets.Dataset(table.slice(0, 0))  # an error where datasets knows no such type
+                    schema, first = table.schema, fields
                 if set(table.column_names) != set(schema.names):
                     raise ValueError(f"its columns are {table.column_names}, the first file's are {schema.names}")
+                if strange := listed(path for path, _ in fields.items() - first.items()):
+                    raise ValueError(
+                        f"the first file has no {strange}, or one is text and one is not: give both one schema"
+                    )
                 empty = empty and not len(table)
                 yield table.select(schema.names).cast(schema)
-        except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        except Exception as error:  # what pyarrow and datasets raise about a damaged file has no class in common
             raise UserError(f"cannot read {str(file)!r}: {error!r:.300}") from error
         if empty:
             raise UserError(f"{str(file)!r} has no rows")
 
 
+def _leaves(fields: Iterable[pa.Field], above: str = "") -> Iterator[tuple[str, bool]]:
+    """The innermost fields, but those that are null throughout: the path of each, and whether it is text."""
+    for field in fields:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        inner = [kind.field(index) for index in range(kind.num_fields)]
+        if inner:  # of a list one, whose name says nothing
+            inner = inner if pa.types.is_struct(kind) else [part.with_name("") for part in inner]
+            yield from _leaves(inner, f"{above}{field.name}.")
+        elif not pa.types.is_null(kind):
+            yield above + field.name, str(kind).removeprefix("large_").removesuffix("_view") == "string"
+
+
+def _fields(schema: pa.Schema) -> dict[str, bool]:
+    """The leaves of a file. A ValueError where two columns or fields have one name: all but one would be lost."""
+    reserved = [LINE] if schema.names[:-2] != [LINE] else []
+    counts = Counter(path for path, _ in _leaves(schema)) | Counter([*schema.names, *reserved])
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise ValueError(f"it has {listed(twice)} twice, or that name is used here: rename one")
+    return dict(_leaves(schema))
+
+
+def _refuse_cut(file: Path) -> None:
+    """Arrow itself takes a stream that was cut off between two batches for a whole one."""
+    with file.open("rb") as stream:
+        stream.seek(-len(_ARROW_END), os.SEEK_END)
+        if stream.read() != _ARROW_END:
+            raise ValueError("it is cut off: the end mark of an Arrow stream is missing")
+
+
 def _arrow_tables(file: Path) -> Iterator[pa.Table]:
+    _refuse_cut(file)
     with pa.memory_map(str(file)) as mapped:
         for batch in pa.ipc.open_stream(mapped):
+            batch.validate(full=True)  # a wrong offset in it would end the process
             yield pa.Table.from_batches([batch])
 
 
@@ -229,7 +271,7 @@ def _line_tables(file: Path) -> Iterator[pa.Table]:
 
 def _json_tables(file: Path) -> Iterator[pa.Table]:
     try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        content = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # a second value after the first: lines of JSON under this ending
             raise
@@ -248,15 +290,30 @@ _READERS = {".parquet": _parquet_tables, ".jsonl": _line_tables, ".json": _json_
 
 def read_row(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row itself: parsed where it is still a line of JSON, and without what was added to it."""
-    if LINE not in raw:
+    if not isinstance(raw.get(LINE), bytes):  # a row may itself have a key of that name
         return {name: cell for name, cell in raw.items() if name not in (_PLACE, _NUMBER)}
     try:
-        row = json.loads(raw[LINE].decode("utf-8-sig"))
+        row = json.loads(raw[LINE].decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise UnusableRow("not valid JSON", repr(error)) from error
+        raise UnusableRow("not valid JSON", f"{type(error).__name__}: {error}") from error
     if not isinstance(row, dict):
         raise UnusableRow("not a JSON object", type(row).__name__)
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a ValueError where a key is given twice, as nothing says which of its values is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r:.60} is given twice")
+    return found
+
+
+def place_in(rows: datasets.Dataset, index: int) -> str:
+    """The place of a row by its place alone: other cells of it may be such that they cannot be read."""
+    known = [name for name in (_PLACE, _NUMBER) if name in rows.column_names]
+    return place_of(rows.select_columns(known)[index] if known else {}, index)
 
 
 def place_of(raw: Mapping[str, Any], index: int) -> str:
@@ -285,7 +342,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 def _message(item: Mapping[str, Any]) -> dict[str, Any]:
     if item.get("role") is None and "from" in item:
-        item = {"role": _SHAREGPT_ROLES.get(str(item["from"])), "content": item.get("value")}
+        others = {key: cell for key, cell in item.items() if key not in ("from", "value")}
+        item = others | {"role": _SHAREGPT_ROLES.get(str(item["from"])), "content": item.get("value")}
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str):
         raise UnusableRow("a message has no known role", f"got {item!r:.60}")

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from dft_lightning.data.rendering import UnusableRow
-from dft_lightning.data.sources import LINE, Columns, conversation, listed, place_of, read_row
+from dft_lightning.data.sources import LINE, Columns, conversation, listed, place_in, read_row
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 log = logging.getLogger(__name__)
 
-TOKENIZED_VERSION = 1
+TOKENIZED_VERSION = 2
 """Part of the key: to be raised whenever the same rows and rendering come out as another artefact."""
 
 TOO_LONG = "longer than max_length"
 _BATCH_ROWS = 1000
+_BATCH_CHARACTERS = 1 << 22  # of what is tokenised in one go
 _ROWS_PER_WORKER = 4000  # with fewer, a process costs more than it gains
 _COLUMNS = {
     "input_ids": pa.list_(pa.int32()),
@@ -198,12 +199,14 @@ def tokenize(
 
 def _require_columns(rows: datasets.Dataset, columns: Columns) -> None:
     """A UserError if no row has what a conversation is made of."""
-    seen: set[str] = set()
-    for raw in rows:
-        with suppress(UnusableRow):
-            seen |= read_row(raw).keys()
-        if LINE not in raw or seen.issuperset(columns.wanted):  # as a rule the first row
-            break
+    seen = set(read_row(dict.fromkeys(rows.column_names)))
+    if LINE in seen:
+        seen = set()
+        for raw in rows:
+            with suppress(UnusableRow):
+                seen |= read_row(raw).keys()
+            if seen.issuperset(columns.wanted):  # as a rule the first row
+                break
     missing = [name for name in columns.wanted if name not in seen]
     if missing and seen:  # where no line can be read, the report says so
         raise UserError(
@@ -228,15 +231,26 @@ class _Task:
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> pa.Table:
         names = [name for name in batch if name in {LINE, "source", *self.columns.wanted}]
-        raws = [dict(zip(names, cells, strict=True)) for cells in zip(*(batch[name] for name in names), strict=True)]
-        chats, sources = zip(*map(self._read, raws), strict=True)
-        rendered = iter(self.renderer.render_batch([chat for chat in chats if not isinstance(chat, UnusableRow)]))
+        chats, sources = zip(*map(self._read, _raws(batch, names)), strict=True)
+        rendered = self._rendered([chat for chat in chats if not isinstance(chat, UnusableRow)])
         rows = [self._cells(chat if isinstance(chat, UnusableRow) else next(rendered)) for chat in chats]
         table = {name: [row.get(name, "") for row in rows] for name in _COLUMNS} | {"source": sources}
         return pa.table(table, schema=pa.schema(_COLUMNS))
 
-    def _read(self, raw: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | UnusableRow, str]:
+    def _rendered(self, chats: list[list[dict[str, Any]]]) -> Iterator[Rendered | UnusableRow]:
+        """Piece by piece: the tokens of a thousand rows of a megabyte each would not fit in memory."""
+        part, size = [], 0
+        for index, chat in enumerate(chats, start=1):
+            part.append(chat)
+            size += sum(len(message["content"]) for message in chat)
+            if size > _BATCH_CHARACTERS or index == len(chats):
+                yield from self.renderer.render_batch(part)
+                part, size = [], 0
+
+    def _read(self, raw: Mapping[str, Any] | UnusableRow) -> tuple[list[dict[str, Any]] | UnusableRow, str]:
         source = ""
+        if isinstance(raw, UnusableRow):
+            return raw, source
         try:
             row = read_row(raw)
             source = _storable(row.get("source"))
@@ -258,9 +272,25 @@ class _Task:
         return {"input_ids": ids, "supervised": supervised, **numbers}
 
 
+def _raws(batch: Any, names: list[str]) -> list[Mapping[str, Any] | UnusableRow]:
+    """The rows of a batch; where Python cannot hold a cell (broken UTF-8, the year 300,000), all but its row."""
+    try:
+        return [dict(zip(names, cells, strict=True)) for cells in zip(*(batch[name] for name in names), strict=True)]
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if (count := batch.pa_table.num_rows) == 1:
+            return [UnusableRow("a cell cannot be read", f"{type(error).__name__}: {error}")]
+        single = (type(batch)(batch.pa_table.slice(index, 1), batch.formatter) for index in range(count))
+        return [row for one in single for row in _raws(one, names)]
+
+
 def _without_tokens(reason: str, detail: str = "") -> dict[str, Any]:
     empty: dict[str, Any] = {"input_ids": [], "supervised": [], "length": 0, "targets": 0, "full_length": 0}
-    return empty | {"reason": reason, "detail": _storable(detail)}
+    return empty | {"reason": reason, "detail": _printable(detail[:200])}
+
+
+def _printable(text: str) -> str:
+    """On one line, without anything that a terminal obeys: no row may write lines of its own into the log."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _storable(text: object) -> str:
@@ -318,7 +348,7 @@ def _report(rows: datasets.Dataset, mapped: datasets.Dataset) -> Report:
     examples = {}
     for why in counts:
         where = np.flatnonzero(pc.equal(reasons, why).to_numpy())[:3].tolist()
-        examples[why] = [f"{place_of(rows[row], row)}: {mapped[row]['detail']}".removesuffix(": ") for row in where]
+        examples[why] = [f"{place_in(rows, row)}: {mapped[row]['detail']}".removesuffix(": ") for row in where]
     return Report(len(rows), used, pc.sum(pc.greater(full, kept)).as_py(), dropped, counts, examples)
 
 

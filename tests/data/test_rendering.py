@@ -169,6 +169,18 @@ def test_special_token_in_a_question_stays_text():
     assert learned(tokenizer, rendered) == ["b<|im_end|>"]
 
 
+def test_special_token_in_another_spelling_stays_text():
+    tokenizer = tiny()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<stop>", special=True, normalized=True)])
+    wide = "\uff1cstop\uff1e"
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    assert tokenizer(wide).input_ids == [stop], "else the test does not test what it says"
+    rendered = ChatRenderer(tokenizer).render(chat(wide, wide))
+    assert stop not in rendered.input_ids
+    assert learned(tokenizer, rendered) == ["<stop><|im_end|>"]
+
+
 def test_tokens_that_are_not_special_are_tokens_in_every_text():
     tokenizer = tiny()
     think = tokenizer.convert_tokens_to_ids("<think>")

@@ -132,6 +132,22 @@ class TestDamagedFiles:
         with pytest.raises(UserError, match=r"cannot read .*b\.parquet"):
             load(tmp_path / "rows", cache)
 
+    @pytest.mark.parametrize("ending", ["parquet", "arrow"])
+    def test_wherever_a_file_was_cut_off_it_is_named(self, ending: str, tmp_path: Path, cache: Path) -> None:
+        table, path = pa.Table.from_pylist([row(str(i)) for i in range(30)]), tmp_path / f"rows.{ending}"
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table, 10)
+        whole = path.read_bytes()
+        unseen = {at for at in range(len(whole)) if whole[at:].startswith(b"\xff" * 4)}  # by Arrow: between its batches
+        assert len(unseen) >= 4 * (ending == "arrow")
+        for cut in {*range(0, len(whole), 61), *unseen, len(whole) - 1}:
+            path.write_bytes(whole[:cut])
+            with pytest.raises(UserError, match=path.name):
+                load(path, cache)
+
     def test_a_parquet_file_with_broken_pages_is_named(self, tmp_path: Path, cache: Path) -> None:
         path = tmp_path / "rows.parquet"
         pq.write_table(pa.Table.from_pylist([row(f"{i:050d}") for i in range(5000)]), path, row_group_size=1000)

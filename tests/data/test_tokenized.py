@@ -118,6 +118,23 @@ class TestRows:
         assert (shared.report, everything(shared)) == (alone.report, everything(alone))
         assert alone.report.unusable == {"the prompt is refused": 87}
 
+    def test_a_batch_is_rendered_in_pieces_that_fit_in_memory(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes: list[int] = []
+
+        class Counting(Bytes):
+            def render_batch(self, conversations: Sequence[Any]) -> list[Rendered | UnusableRow]:
+                sizes.append(len(conversations))
+                return super().render_batch(conversations)
+
+        rows = source(("q", "a"), ("q", "a" * 30), ("q", None), ("q", "ab"), ("q!", "a"))
+        whole = run(rows, cache, Counting(), max_unusable_share=0.5)
+        monkeypatch.setattr("dft_lightning.data.tokenized._BATCH_CHARACTERS", 10)
+        pieces = run(rows, tmp_path / "other", Counting(), max_unusable_share=0.5)
+        assert sizes == [4, 2, 2]
+        assert (unpacked(pieces), pieces.report) == (unpacked(whole), whole.report)
+
     def test_it_is_sent_to_other_processes_by_name(self, cache: Path) -> None:
         tokens = run(source(*(("q", "a" * 90) for _ in range(3000))), cache).select(range(5, 15))
         sent = pickle.dumps(tokens)

@@ -1,0 +1,272 @@
+"""One gradient, however a step is cut up: every weighting × geometry × ranks, and the largest relative difference.
+
+    python tests/exactness.py [--quick]          (make exactness)
+
+The same 25 rows of very unequal length, in steps of 8 and a last one of 1, are trained on in all these ways and compared
+with one micro-batch a step on one rank: gradients before and after clipping (relative L2, the worst of all steps) and
+everything logged. It leaves with 1 if anything is out of bounds.
+
+Bounds. Behind an entry of the gradient stand some 10⁴ roundings of u = 6e-8 each, whose signs differ with the order of
+sums: they add up to about √10⁴·u = 6e-6, so the bound is 1e-5. A mean of micro-batch means is off by more than 1e-2.
+What is logged comes from weights that have been moved by such gradients, and is a mean itself: twice that. In half
+precision nothing is chosen: the error against the float32 truth is to stay within 1.25 times that of the plain
+computation (all logits, `.backward()` a micro-batch) in the same precision; the quarter is the spread of such errors
+over orders of summation.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
+from harness import fit
+
+from dft_lightning import FineTuner, NuminaMathDataModule
+from dft_lightning.models import ModelSource, load_model
+from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+
+GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 1.25
+CLIP = 0.05  # below every norm here, so that clipping always acts
+
+
+@dataclass(frozen=True)
+class Sentence(TokenWeighting):
+    """A user's weighting of sequence scope."""
+
+    scope = "sequence"
+
+    def weights(self, tokens):
+        return tokens.sequence_mean(tokens.logp).exp()
+
+
+@dataclass(frozen=True)
+class Median(TokenWeighting):
+    """A user's weighting that looks at the whole step, and at a statistic of the distribution."""
+
+    scope, needs = "step", frozenset({"entropy"})
+
+    def weights(self, tokens):
+        return tokens.p / tokens.p.median() * torch.exp(tokens.need("entropy") - tokens.need("entropy").max())
+
+
+WEIGHTINGS: list[TokenWeighting] = [
+    Uniform(),
+    DFT(),
+    DFT(0.1),
+    ImportanceWeighted(),
+    ImportanceWeighted(level="token"),
+    Sentence(),
+    Median(),
+]
+QUICK = [DFT(), ImportanceWeighted(), Median()]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A way to lay out the same steps."""
+
+    name: str
+    data: dict[str, Any] = field(hash=False)
+    chunk_rows: int | None = None
+    ranks: int = 1
+
+
+WHOLE = Geometry("(8, 1)", {"micro_batch_size": 8})
+GEOMETRIES = [
+    Geometry("(4, 2)", {"micro_batch_size": 4}),
+    Geometry("(2, 4)", {"micro_batch_size": 2}),
+    Geometry("(1, 8)", {"micro_batch_size": 1}),
+    Geometry("(3, 3) in order", {"micro_batch_size": 3, "grouping": "plain"}),
+    Geometry("packed (2 rows)", {"micro_batch_size": 2, "packing": True}),
+    Geometry("packed (8 rows of 300)", {"micro_batch_size": 8, "packing": True, "pack_length": 300}),
+    Geometry("padding-free", {"micro_batch_size": 2, "packing": "padding_free"}),
+    Geometry("chunks of 1", {"micro_batch_size": 8}, chunk_rows=1),
+    Geometry("chunks of 7", {"micro_batch_size": 4}, chunk_rows=7),
+    Geometry("2 ranks × (4, 1)", {"micro_batch_size": 4}, ranks=2),
+    Geometry("2 ranks × (1, 4)", {"micro_batch_size": 1}, ranks=2),
+    Geometry("2 ranks, packed", {"micro_batch_size": 1, "packing": True}, ranks=2),
+    Geometry("2 ranks, padding-free", {"micro_batch_size": 1, "packing": "padding_free"}, ranks=2),
+]
+
+
+class Watched(FineTuner):
+    """Keeps the normalised gradient before it is clipped."""
+
+    def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
+        self.before = getattr(self, "before", [])
+        self.before.append(torch.cat([p.grad.detach().flatten().double() for p in self.network.parameters()]))
+        super().configure_gradient_clipping(*args, **options)
+
+
+def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: Any) -> dict[str, Any]:
+    """Gradients before and after clipping of every step, and what was logged."""
+    module, recorder, trainer = fit(
+        folder / "model",
+        folder / "rows.jsonl",
+        weighting,
+        module={"chunk_rows": shape.chunk_rows},
+        data=shape.data | {"val_path": str(folder / "val.jsonl"), "cache_dir": str(folder / "cache")},
+        kind=Watched,
+        gradient_clip_val=CLIP,
+        devices=shape.ranks,
+        strategy="ddp" if shape.ranks > 1 else "auto",
+        **more,
+    )
+    logged = [{k: v for k, v in one.items() if "per_second" not in k} for one in recorder.logged]
+    logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+    return {"before": module.before, "after": recorder.gradients, "logged": logged}
+
+
+def worst(ours: dict[str, Any], truth: dict[str, Any]) -> tuple[float, float, float]:
+    """The largest relative difference of the gradients before and after clipping, and of what was logged."""
+    gradients = [
+        max(relative(mine, theirs) for mine, theirs in zip(ours[when], truth[when], strict=True))
+        for when in ("before", "after")
+    ]
+    pairs = [
+        (mine[name], theirs[name])
+        for mine, theirs in zip(ours["logged"], truth["logged"], strict=True)
+        for name in mine.keys() | theirs.keys()
+    ]
+    return *gradients, max(abs(mine - theirs) / max(abs(theirs), 1e-12) for mine, theirs in pairs)
+
+
+def relative(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((ours - truth).norm() / truth.norm())
+
+
+def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -> torch.Tensor:
+    """The gradient of the first step by all logits and one backward a micro-batch; "exact" is float32."""
+    data = NuminaMathDataModule(
+        str(folder / "rows.jsonl"), global_batch_size=8, micro_batch_size=micro, max_length=200,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    data.tokenizer = FineTuner(str(folder / "model"), weighting).tokenizer
+    data.prepare_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())[: -(-8 // micro)]
+    dtype = torch.bfloat16 if "bf16-true" in precision else torch.float32
+    model = load_model(ModelSource(str(folder / "model"), dtype))
+    if precision == "exact bf16-true":
+        model = model.float()
+
+    def logp(batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.supervised]
+        return logits.float().log_softmax(1), batch
+
+    def stats(full: torch.Tensor, batch: Any) -> TokenStats:
+        chosen = full.gather(1, batch.target[:, None])[:, 0].detach()
+        entropy = -(full.exp() * full).sum(1).detach()
+        return TokenStats(logp=chosen, target=batch.target, sequence=batch.row[batch.sequence], entropy=entropy,
+                          position=batch.position, ref_logp=chosen)  # fmt: skip
+
+    with torch.no_grad():
+        tokens = [stats(*logp(batch)) for batch in batches]
+    weights = weighting.weights(TokenStats.concatenate(tokens)).split([len(one) for one in tokens])
+    for batch, weight in zip(batches, weights, strict=True):
+        full, _ = logp(batch)
+        loss = -(weight * full.gather(1, batch.target[:, None])[:, 0]).sum() / sum(map(len, tokens))
+        loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+def half(folder: Path, weightings: list[TokenWeighting], quick: bool) -> list[tuple[str, ...]]:
+    """Rows of the table for the half precisions: error of ours over the error of the plain computation."""
+    rows = []
+    for precision in ("bf16-mixed", "bf16-true"):
+        for weighting in weightings:
+            exact = plain(folder, weighting, 8, "exact bf16-true" if precision == "bf16-true" else "exact")
+            allowed = max(relative(plain(folder, weighting, micro, precision), exact) for micro in (8, 2, 1))
+            for shape in [WHOLE, *GEOMETRIES[2 : 7 : 2 if quick else 1]]:
+                (ours,) = outcome(folder, weighting, shape, precision=precision, max_steps=1)["before"]
+                ratio = relative(ours, exact) / allowed
+                verdict = "ok" if ratio <= HALF else "OUT OF BOUNDS"
+                rows.append((repr(weighting), f"{shape.name}, {precision}", f"{ratio:.2f} of plain", "", "", verdict))
+    return rows
+
+
+def prepare(folder: Path) -> None:
+    """The tiny model and the rows that all runs share."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "rows.jsonl", sums(25))
+    write_jsonl(folder / "val.jsonl", sums(7, seed=5))
+
+
+def table(quick: bool) -> list[tuple[str, ...]]:
+    """Weighting, geometry, three differences and the verdict, a row each."""
+    weightings, rows = QUICK if quick else WEIGHTINGS, []
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        prepare(folder)
+        truths = {repr(weighting): outcome(folder, weighting, WHOLE) for weighting in weightings}
+        two_ranks(folder, quick)
+        for weighting in weightings:
+            for shape in GEOMETRIES:
+                if shape.ranks > 1:
+                    ours = torch.load(folder / f"{weighting!r} {shape.name}.pt")
+                else:
+                    ours = outcome(folder, weighting, shape)
+                before, after, logged = worst(ours, truths[repr(weighting)])
+                fine = before < GRADIENT and after < GRADIENT and logged < LOGGED
+                verdict = "ok" if fine else "OUT OF BOUNDS"
+                found = (f"{before:.1e}", f"{after:.1e}", f"{logged:.1e}")
+                rows.append((repr(weighting), shape.name, *found, verdict))
+        rows += half(folder, weightings, quick)
+    return rows
+
+
+def two_ranks(folder: Path, quick: bool) -> None:
+    """Have two processes run all that needs two ranks, one after another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"TORCHELASTIC_RUN_ID": "exactness", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--rank-of", str(folder), *(["--quick"] if quick else [])]
+    processes = [
+        subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    if any([process.wait(600) for process in processes]):
+        raise RuntimeError("a rank has failed; its output is above")
+
+
+def rank(folder: Path, quick: bool) -> None:
+    """What each of the two processes does."""
+    for weighting in QUICK if quick else WEIGHTINGS:
+        for shape in GEOMETRIES:
+            if shape.ranks > 1:
+                found = outcome(folder, weighting, shape)
+                if os.environ["RANK"] == "0":
+                    torch.save(found, folder / f"{weighting!r} {shape.name}.pt")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rank-of", type=Path)
+    options = parser.parse_args()
+    if options.rank_of:
+        rank(options.rank_of, options.quick)
+        return 0
+    rows = table(options.quick)
+    head = ("weighting", "geometry", "gradient", "clipped", "logged", "")
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(6)]
+    for row in [head, *rows]:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    out = sum(row[-1] != "ok" for row in rows)
+    print(f"{len(rows) - out} of {len(rows)} within bounds: gradients {GRADIENT:g}, logged {LOGGED:g} (relative)")
+    return 1 if out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

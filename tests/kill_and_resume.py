@@ -1,0 +1,272 @@
+"""Kills training runs at random moments, starts them again, and compares the end with a run that was never stopped.
+
+    python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--real]
+
+Weights, optimizer, schedule, counters and everything logged but the speed have to be the same to the bit. A third of
+the kills come at a random time from outside; the others at a random occurrence of an event: between two micro-batches,
+within the optimizer step, in a validation, while a checkpoint is half-written, before and after it gets its name.
+Every run is a process of its own, forked from this one after the imports. `--real`: SmolLM2-135M-Instruct, three kills.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BASE = """--trainer.accelerator cpu --model.model_name {model} --data NuminaMathDataModule --data.path {rows}
+    --data.val_size 4 --data.max_length 200 --data.global_batch_size 6 --data.micro_batch_size 2 --trainer.max_epochs 2
+    --checkpoints.every_n_steps 1 --trainer.gradient_clip_val 0.05 --export.enabled false --run_dir {run}
+    --token_probabilities.every_n_steps 2 --token_probabilities.probe_rows 3 --token_probabilities.figure false
+    --trainer.val_check_interval 2 --model.optimizer.lr 0.01 --trainer.enable_progress_bar false"""
+#: What differs from the above.
+CASES = {
+    "full, float32": "--model.weighting DFT",
+    "packed, bf16-true, workers": "--model.weighting DFT --data.packing true --trainer.precision bf16-true "
+    "--data.num_workers 2",
+    "LoRA with dropout, packed": "--model.weighting DFT --model.lora.rank 4 --model.lora.dropout 0.2 "
+    "--data.packing true --checkpoints.every_n_steps 2",
+    "step scope, padding-free": "--model.weighting step_weighting.Median --data.packing padding_free",
+    "reference, bf16-mixed": "--model.weighting ImportanceWeighted --trainer.precision bf16-mixed "
+    "--checkpoints.every_n_steps 3 --trainer.val_check_interval 1.0",
+}
+REAL = """--trainer.accelerator cpu --model.model_name smollm2-135m-instruct --data PracticeDataModule --data.problems 64
+    --data.held_out 4 --data.global_batch_size 4 --data.micro_batch_size 2 --data.packing true --data.max_length 256
+    --trainer.precision bf16-true --trainer.max_steps 6 --checkpoints.every_n_steps 2 --model.weighting DFT
+    --export.enabled false --token_probabilities.every_n_steps 0 --run_dir {run}"""
+MEDIAN = '''"""A weighting that looks at the whole step."""
+
+from dataclasses import dataclass
+
+from dft_lightning.weighting import TokenWeighting
+
+
+@dataclass(frozen=True)
+class Median(TokenWeighting):
+    scope = "step"
+
+    def weights(self, tokens):
+        return tokens.p / tokens.p.median()
+'''
+_ALWAYS_OTHER = ("tokens_per_second",)  # it is a time
+
+
+class Killer:
+    """Counts the events of a run, in a file; kills the process at a chosen one."""
+
+    def __init__(self, at: tuple[str, int] | None) -> None:
+        self.at, self.counts = at, Counter()
+
+    def __call__(self, event: str) -> None:
+        self.counts[event] += 1
+        if self.at == (event, self.counts[event]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, owner: Any, name: str, before: str | None = None, after: str | None = None) -> None:
+        """Make a call of `owner.name` such an event, or two."""
+        whole = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            if before:
+                self(before)
+            result = whole(*args, **options)
+            if after:
+                self(after)
+            return result
+
+        setattr(owner, name, watched)
+
+    def install(self) -> None:
+        """Watch a run of this process."""
+        from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+        from dft_lightning.callbacks import Checkpoints
+        from dft_lightning.module import FineTuner
+
+        self.around(FineTuner, "training_step", "a micro-batch begins", "a loss is made")
+        self.around(FineTuner, "optimizer_step", "the step begins", "the step is done")
+        self.around(FineTuner, "lr_scheduler_step", None, "the schedule has moved")
+        self.around(FineTuner, "validation_step", "in a validation")
+        self.around(FineTuner, "on_train_epoch_start", None, "an epoch begins")
+        self.around(Checkpoints, "_save", "before a checkpoint", "after a checkpoint")
+        self.around(os, "replace", "a checkpoint is written, without its name", "a checkpoint has its name")
+        killer, write = self, TorchCheckpointIO.save_checkpoint
+
+        def halfway(plugin: Any, checkpoint: Any, path: Any, *args: Any, **options: Any) -> None:
+            write(plugin, checkpoint, path, *args, **options)
+            whole = Path(path).read_bytes()
+            Path(path).write_bytes(whole[: len(whole) // 2])
+            killer("a checkpoint is half-written")
+            Path(path).write_bytes(whole)
+
+        TorchCheckpointIO.save_checkpoint = halfway
+
+
+def start(arguments: list[str], folder: Path, at: tuple[str, int] | None = None) -> int:
+    """Fork a run; the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.chdir(folder)
+    os.environ["DFT_CACHE"] = os.environ.get("DFT_CACHE_REAL", str(folder / "cache"))
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        from dft_lightning.cli import main
+
+        killer = Killer(at)
+        killer.install()
+        sys.path.insert(0, str(folder))
+        code = main(["fit", *arguments])
+        (folder / "events.json").write_text(json.dumps(killer.counts))
+    finally:
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """Exit code; negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run leaves: the last checkpoint, and everything logged."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["dft_lightning"]["saved_at"]
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "histograms": 0}).Reload()
+    logged = {
+        f"{tag} {event.step}": event.value
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(_ALWAYS_OTHER)
+        for event in events.Scalars(tag)
+    }
+    logged |= {
+        f"{tag} {event.step}": event.histogram_value.bucket
+        for tag in events.Tags()["histograms"]
+        for event in events.Histograms(tag)
+    }
+    return checkpoint, logged
+
+
+def difference(ours: Any, truth: Any, name: str = "") -> str | None:
+    """The first place where two nested values are not the same to the bit."""
+    if isinstance(truth, torch.Tensor):
+        return None if ours.dtype == truth.dtype and torch.equal(ours, truth) else name
+    if isinstance(truth, dict):
+        if ours.keys() != truth.keys():
+            return f"{name}: only in one: {sorted(map(str, ours.keys() ^ truth.keys()))[:5]}"
+        pairs = [(key, ours[key], truth[key]) for key in truth]
+    elif isinstance(truth, list | tuple):
+        if len(ours) != len(truth):
+            return f"{name}: {len(ours)} where {len(truth)} were expected"
+        pairs = [(index, *both) for index, both in enumerate(zip(ours, truth, strict=True))]
+    else:
+        return None if ours == truth or (ours != ours and truth != truth) else f"{name}: {ours!r}, not {truth!r}"
+    found = (difference(mine, theirs, f"{name}/{key}") for key, mine, theirs in pairs)
+    return next((place for place in found if place), None)
+
+
+class Case:
+    """One configuration, its run without interruption, and trials of it."""
+
+    def __init__(self, name: str, options: str, folder: Path) -> None:
+        self.name, self.options, self.folder = name, options, folder
+        began = time.monotonic()
+        whole = self.prepare("whole")
+        assert ended(start(self.arguments(whole), whole)) == 0, (whole / "log.txt").read_text()[-3000:]
+        self.seconds = time.monotonic() - began
+        self.truth = outcome(whole / "run")
+        self.events = json.loads((whole / "events.json").read_text())
+
+    def prepare(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        (folder / "step_weighting.py").write_text(MEDIAN)
+        return folder
+
+    def arguments(self, folder: Path) -> list[str]:
+        return self.options.format(model=self.folder / "model", rows=self.folder / "rows.jsonl", run="run").split()
+
+    def trial(self, name: str, rng: random.Random, kills: int) -> tuple[list[str], str | None]:
+        """The moments of the kills, and where the end differs, if it does."""
+        folder, moments = self.prepare(name), []
+        arguments = [*self.arguments(folder), "--ckpt_path", "last"]
+        for _ in range(kills):
+            if rng.random() < 1 / 3:
+                after = rng.uniform(0.1, 1.0) * self.seconds
+                child = start(arguments, folder)
+                time.sleep(after)
+                os.kill(child, signal.SIGKILL)
+                moments.append(f"after {after:.1f} s")
+            else:
+                event = rng.choice(sorted(self.events))
+                at = (event, rng.randint(1, self.events[event]))
+                child = start(arguments, folder, at)
+                moments.append(f"{event} ({at[1]})")
+            if ended(child) == 0:
+                moments[-1] += " — too late"
+        if (code := ended(start(arguments, folder))) != 0:
+            return moments, f"left with {code}: {(folder / 'log.txt').read_text()[-1500:]}"
+        ours = outcome(folder / "run")
+        return moments, difference(ours[0], self.truth[0]) or difference(ours[1], self.truth[1], "logged")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--real", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(torch.get_num_threads() if options.real else 1)
+    rng, failed, late = random.Random(options.seed), 0, 0
+    import peft  # noqa: F401 - here, so that no run has to
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import dft_lightning.cli  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if options.real:
+            os.environ["DFT_CACHE_REAL"] = os.environ.get("DFT_CACHE", str(Path.home() / ".cache" / "dft-lightning"))
+            cases, options.trials = [Case("SmolLM2, packed, bf16-true", REAL, folder)], 3
+        else:
+            tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
+            tiny_tokenizer().save_pretrained(folder / "model")
+            write_jsonl(folder / "rows.jsonl", sums(26))
+            cases = []
+            for number, (name, more) in enumerate(CASES.items()):
+                if options.only in name:
+                    own = folder / f"case-{number}"
+                    own.mkdir()
+                    for shared in ("model", "rows.jsonl"):
+                        (own / shared).symlink_to(folder / shared)
+                    cases.append(Case(name, f"{BASE} {more}", own))
+        for number in range(options.trials):
+            case = cases[number % len(cases)]
+            moments, wrong = case.trial(f"trial-{number}", rng, kills=rng.choice([1, 1, 2]))
+            failed += wrong is not None
+            late += all(moment.endswith("too late") for moment in moments)
+            print(f"{number + 1:>3} | {case.name:<28} | {', then '.join(moments):<70} | {wrong or 'same'}", flush=True)
+    print(
+        f"{options.trials - failed} of {options.trials} runs ended as the undisturbed one, to the bit ({late} were "
+        "killed too late to matter)"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The quick form of `make exactness` and of `make kill-and-resume`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import exactness
+import pytest
+
+import dft_lightning.weighting as package
+from dft_lightning.weighting import TokenWeighting
+
+HERE = Path(__file__).parent
+
+
+def test_every_weighting_of_the_package_is_in_the_table():
+    names = {name for name, cls in vars(package).items() if isinstance(cls, type) and issubclass(cls, TokenWeighting)}
+    assert names - {"TokenWeighting"} <= {type(weighting).__name__ for weighting in exactness.WEIGHTINGS}
+
+
+@pytest.mark.slow
+def test_one_gradient_however_a_step_is_cut_up():
+    """Traps 1, 2, 3, 8, 9, 14, 16, 17 and 18, on one rank and on two."""
+    rows = exactness.table(quick=True)
+    assert len(rows) > 50
+    assert not [row for row in rows if row[-1] != "ok"]
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_had_not_been():
+    """Trap 21: a handful of random moments, one in each kind of run at least."""
+    command = [sys.executable, str(HERE / "kill_and_resume.py"), "--trials", "6", "--seed", "3"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "6 of 6 runs ended as the undisturbed one" in done.stdout
