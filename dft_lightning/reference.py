@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
     from dft_lightning.data.datamodule import ChatDataModule
     from dft_lightning.data.tokenized import TokenizedRows
-    from dft_lightning.module import FineTuner
+    from dft_lightning.scoring import WeightedModule
 
 
 class RowValues:
@@ -61,7 +61,7 @@ class RowValues:
         )
 
 
-def prepare_reference(module: "FineTuner", data: "ChatDataModule", stages: Iterable[str]) -> None:
+def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: Iterable[str]) -> None:
     """Give the data module the reference log-probabilities of what this run uses of `stages`, computed where missing.
 
     Where the live model is no longer the initial one, that is loaded beside it.
@@ -96,7 +96,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _cached(
-    module: "FineTuner", data: "ChatDataModule", network: WeightedLM, weights: str, rows: "TokenizedRows"
+    module: "WeightedModule", data: "ChatDataModule", network: WeightedLM, weights: str, rows: "TokenizedRows"
 ) -> RowValues:
     trainer = module.trainer
     facts = {
@@ -126,7 +126,7 @@ def _cached(
     return RowValues(folder)
 
 
-def _scores(module: "FineTuner", network: WeightedLM, loader: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _scores(module: "WeightedModule", network: WeightedLM, loader: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows, lengths, values) of this rank's share of the rows."""
     rows, lengths, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float16)]
     for batch in _progress(loader, "Reference", module.trainer.is_global_zero):

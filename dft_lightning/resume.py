@@ -53,7 +53,7 @@ def facts_of(module: "FineTuner") -> dict[str, Any]:
         "contents": contents_of(module),
         "optimizer": type(module.trainer.optimizers[0]).__qualname__,
         "reference": module.reference_weights,
-        "skipped": module.skipped.state(),
+        "skipped": module.step.skipped.state(),
         "micro_batches": module.trainer.accumulate_grad_batches,
         "total_steps": module.total_steps,
         "saved_at": time.time(),

@@ -42,6 +42,7 @@ def fit(
     finetuner = kind(
         str(model), weighting or DFT(), **({"optimizer": lambda p: torch.optim.SGD(p, lr=0.01)} | (module or {}))
     )
+    finetuner.allow_changes = trainer.pop("allow_changes", frozenset())
     datamodule = NuminaMathDataModule(str(rows), **(options | (data or {})))
     defaults = {
         "max_epochs": 1,
@@ -55,7 +56,8 @@ def fit(
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
     }
-    callbacks, resume_from = [recorder, *trainer.pop("callbacks", [])], trainer.pop("ckpt_path", None)
+    watching = [recorder] if trainer.pop("recorder", True) else []  # it cannot keep a gradient that is not there
+    callbacks, resume_from = [*watching, *trainer.pop("callbacks", [])], trainer.pop("ckpt_path", None)
     runner = pl.Trainer(**(defaults | trainer), callbacks=callbacks)
     runner.fit(finetuner, datamodule, ckpt_path=resume_from)
     return finetuner, recorder, runner

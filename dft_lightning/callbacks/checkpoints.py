@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
 
         Not in `on_train_end`: there Lightning counts the epoch as done, and a longer run would go on with the next one.
         """
-        step, skipped = trainer.global_step, cast("FineTuner", pl_module).skipped
+        step, skipped = trainer.global_step, cast("FineTuner", pl_module).step.skipped
         if step == self._saved_at or step == self._seen:
             return
         self._seen = step

@@ -1,4 +1,4 @@
-"""`ChatDataModule` and `NuminaMathDataModule`: from rows to the batches of each optimizer step."""
+"""`ChatDataModule`: from rows to the batches of each optimizer step."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dft_lightning.data.alignment import align, epochs_of, refuse_options, refuse_resampling
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.data.packing import Grouping, Layout, Packed, Padded, Row
 from dft_lightning.data.rows import StageRows, split_rows
 from dft_lightning.data.sources import Columns
-from dft_lightning.data.steps import Geometry, StepSampler, steps_an_epoch
+from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.data.tokenized import TokenizedRows
 from dft_lightning.errors import UserError
 from dft_lightning.resume import changes, refuse
@@ -114,7 +115,7 @@ class ChatDataModule(pl.LightningDataModule):
         self._sampler: StepSampler | None = None
         self._resume = {"epoch": 0, "steps": 0}
         self._given: tuple[int, int | float | str | None] | None = None
-        _refuse(self.options)
+        refuse_options(self.options)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class ChatDataModule(pl.LightningDataModule):
         self.val_rows = loaded.get("val", self.val_rows)
         self.test_rows = loaded.get("test", self.test_rows)
         if self.trainer is not None:
-            _refuse_resampling(self.trainer)
+            refuse_resampling(self.trainer)
         if self.trainer is not None and stage == "fit":
             self._align(self.trainer)
 
@@ -173,32 +174,11 @@ class ChatDataModule(pl.LightningDataModule):
         return Geometry(options.global_batch_size, options.micro_batch_size, ranks, rank)
 
     def _align(self, trainer: pl.Trainer) -> None:
-        """Accumulation and validation interval count in optimizer steps, whatever the geometry."""
+        """Plan the run's steps, and let the trainer count by them."""
         if self._given is None:  # a trainer that fits twice brings what was set here
             self._given = trainer.accumulate_grad_batches, trainer.val_check_interval
-        accumulation, interval = self._given
-        if accumulation != 1:
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {accumulation}: leave it out; it follows from "
-                "data.global_batch_size, data.micro_batch_size and the number of devices"
-            )
         self._sampler, self._resume = None, {"epoch": 0, "steps": 0}
-        sampler = self.sampler()
-        if sampler.steps == 0:
-            raise UserError(
-                f"{len(self._rows('train'))} training rows do not fill one step of data.global_batch_size "
-                f"{self.options.global_batch_size}: lower it, or set data.drop_last to false"
-            )
-        trainer.accumulate_grad_batches = sampler.micro_batches
-        if isinstance(interval, float) and interval < 1.0:
-            interval = max(1, int(interval * sampler.steps))
-        if isinstance(interval, int):
-            if interval > sampler.steps and trainer.check_val_every_n_epoch is not None:
-                raise UserError(
-                    f"trainer.val_check_interval is {interval} optimizer steps, an epoch has {sampler.steps}: lower "
-                    "it, or set trainer.check_val_every_n_epoch to null to count over epochs"
-                )
-            trainer.val_check_interval = interval * sampler.micro_batches
+        align(trainer, self.sampler(), *self._given)
 
     @property
     def is_packed(self) -> bool:
@@ -218,7 +198,7 @@ class ChatDataModule(pl.LightningDataModule):
                 seed=options.seed if options.shuffle else None,
                 layout=layout,
                 drop_last=options.drop_last,
-                epochs=self._epochs(),
+                epochs=epochs_of(self.trainer, len(self._rows("train")), options),
             )
         return self._sampler
 
@@ -230,17 +210,6 @@ class ChatDataModule(pl.LightningDataModule):
             return Padded(options.grouping)
         width = options.pack_length or options.max_length
         return Packed(width) if options.packing is True else Packed(width * options.micro_batch_size, fill=False)
-
-    def _epochs(self) -> int:
-        """For how many epochs to plan."""
-        if self.trainer is None:
-            return 1
-        epochs = self.trainer.max_epochs
-        known = [epochs] if epochs is not None and epochs > 0 else []
-        if self.trainer.max_steps > 0:
-            steps = steps_an_epoch(len(self._rows("train")), self.options.global_batch_size, self.options.drop_last)
-            known.append(-(-self.trainer.max_steps // max(steps, 1)))
-        return max(min(known, default=1), 1)
 
     def _rows(self, stage: str) -> TokenizedRows:
         rows: TokenizedRows | None = {"train": self.train_rows, "val": self.val_rows, "test": self.test_rows}[stage]
@@ -352,63 +321,3 @@ class _Sequences(Dataset[list[dict[str, Any]]]):
 
     def __getitem__(self, row: Row) -> list[dict[str, Any]]:
         return [self.rows[sequence] for sequence in row]
-
-
-class NuminaMathDataModule(ChatDataModule):
-    """NuminaMath-CoT (Apache-2.0, 859,494 problems with solutions), rendered as the DFT paper did.
-
-    The problem is one user turn, without a suffix; the answer is the raw solution and the tokenizer's eos token.
-    Arguments are those of `ChatDataModule`; `path` takes local files of the same columns in place of the hub set.
-    """
-
-    def __init__(
-        self,
-        path: str | None = None,
-        dataset: str | None = None,
-        messages: str | None = None,
-        prompt: str | None = "problem",
-        completion: str | None = "solution",
-        end_of_response: Literal["template", "eos"] = "eos",
-        **kwargs: Any,
-    ) -> None:
-        if path is None and dataset is None:
-            dataset = "AI-MO/NuminaMath-CoT"
-        super().__init__(
-            path,
-            dataset,
-            messages=messages,
-            prompt=prompt,
-            completion=completion,
-            end_of_response=end_of_response,
-            **kwargs,
-        )
-
-
-def _refuse_resampling(trainer: pl.Trainer) -> None:
-    """Lightning's own sampler would shuffle and repeat rows behind our back."""
-    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise UserError(
-            "several devices: set Trainer(use_distributed_sampler=False); the data module deals out the rows"
-        )
-
-
-def _refuse(options: SimpleNamespace) -> None:
-    """Options that contradict each other or make no sense, before anything is read."""
-    if (options.path is None) == (options.dataset is None):
-        raise UserError("say what to train on: either data.path (local files) or data.dataset (a set on the hub)")
-    for key in ("global_batch_size", "micro_batch_size", "max_length"):
-        if getattr(options, key) < 1:
-            raise UserError(f"data.{key} is {getattr(options, key)}; expected 1 or more")
-    if options.packing not in (True, False, "padding_free"):
-        raise UserError(f"data.packing is {options.packing!r}; expected true, false or padding_free")
-    if options.pack_length is not None and options.pack_length < options.max_length:
-        raise UserError(
-            f"data.pack_length is {options.pack_length}, shorter than data.max_length {options.max_length}: no "
-            "sequence is ever split, so raise the one or lower the other"
-        )
-    if options.num_samples is not None and options.num_samples < 1:
-        raise UserError(f"data.num_samples is {options.num_samples}; expected 1 or more, or null for all rows")
-    if options.num_workers < 0:
-        raise UserError(f"data.num_workers is {options.num_workers}; expected 0 or more")
-    if options.val_size < 0:
-        raise UserError(f"data.val_size is {options.val_size}; expected a count, or a share below 1")

@@ -1,0 +1,241 @@
+"""A causal language model whose tokens are scored under a weighting: for validation, tests, predictions and training.
+
+Shapes: N supervised tokens of a micro-batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dft_lightning import resume
+from dft_lightning.errors import UserError
+from dft_lightning.metrics import TokenMeans, token_sums
+from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
+from dft_lightning.normalizer import Normalize, token_factor, units
+from dft_lightning.reference import prepare_reference
+from dft_lightning.step_weights import by_row, weigh_together
+from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dft_lightning.data.batch import Batch
+
+Reference = Literal["auto", "cache", "adapter_off"]
+
+
+class WeightedModule(pl.LightningModule):
+    """What `FineTuner` does without training; it holds the options, too."""
+
+    source: ModelSource
+    weighting: TokenWeighting
+    lora: LoRA | None
+    normalize: Normalize
+    dtype_choice: Precision
+    chat_template: str | None
+    tokenizer_name: str | None
+    gradient_checkpointing: bool
+    reference: Reference
+    chunk_rows: int | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network: WeightedLM | None = None
+        self.is_initial = False
+        """Whether the weights are those that were loaded: not trained yet, and no checkpoint's."""
+        self.means = TokenMeans()
+        self.allow_changes: frozenset[str] = frozenset()
+        """What may differ from the checkpoint that a run goes on from: see `resume.Change`."""
+        self.reference_weights: str | None = None
+        """sha256 of the model that the weighting compares with."""
+        self._then: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
+        self._validated: list[tuple[TokenStats, Tensor | None, Tensor, int]] = []
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, or the peft model around it."""
+        return self._network.model
+
+    @property
+    def _network(self) -> WeightedLM:
+        assert self.network is not None, "configure_model has not run"
+        return self.network
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, with the chat template in force."""
+        source = (
+            self.source
+            if self.tokenizer_name is None
+            else replace(self.source, name=self.tokenizer_name, revision=None)
+        )
+        return load_tokenizer(source, self.chat_template)
+
+    @property
+    def adapter_is_reference(self) -> bool:
+        """Whether the model with its adapter off serves as the reference."""
+        return "ref_logp" in self.weighting.needs and self.lora is not None and self.reference != "cache"
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.network is not None:
+            return
+        self.source.dtype = self._weights_dtype()
+        self.network = WeightedLM(self.initial_model())
+        self.is_initial = True
+        if self.gradient_checkpointing:
+            self._network.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def initial_model(self) -> Any:
+        """The model as it is before any training, adapters included."""
+        model = load_model(self.source)
+        return model if self.lora is None else add_lora(model, self.lora)
+
+    def _weights_dtype(self) -> torch.dtype:
+        if self.dtype_choice != "auto":
+            return cast(torch.dtype, getattr(torch, self.dtype_choice))
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        true = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+        return true.get(precision, torch.float32)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("the run has no end: set trainer.max_steps, or trainer.max_epochs to a positive number")
+        return int(steps)
+
+    @property
+    def progress(self) -> float:
+        """Share of training done, 0 to 1."""
+        return min(self.trainer.global_step / max(self.total_steps, 1), 1.0) if self.trainer.state.fn == "fit" else 1.0
+
+    def score(
+        self, batch: "Batch", wanted: frozenset[str] = frozenset(), weight: Tensor | None = None
+    ) -> tuple[Tensor, TokenStats]:
+        """The loss of a micro-batch (a sum) and its tokens' statistics, weights included.
+
+        A weighting of step scope needs the `weight` (N,) of each token; see `score_together`.
+        """
+        loss, tokens = self._network(
+            batch,
+            self.weighting,
+            factor=token_factor(self.normalize, batch.sequence),
+            progress=self.progress,
+            wanted=wanted,
+            ref_logp=self._ref_logp(batch),
+            weight=weight,
+            chunk_rows=self.chunk_rows,
+        )
+        return loss, tokens
+
+    @torch.no_grad()
+    def score_together(self, batches: "list[Batch]", wanted: frozenset[str] = frozenset()) -> list[TokenStats]:
+        """The tokens of some micro-batches, weighted as if they were all of a step; all ranks have to call this."""
+        moved = [batch.to(self.device) for batch in batches]
+        if self.weighting.scope != "step":
+            return [self.score(batch, wanted)[1] for batch in moved]
+        tokens = [self._unweighted(batch, wanted) for batch in moved]
+        return [replace(part, weight=w) for part, w in zip(tokens, self._weigh_together(tokens), strict=True)]
+
+    @torch.no_grad()
+    def _unweighted(self, batch: "Batch", wanted: frozenset[str] = frozenset()) -> TokenStats:
+        """What a weighting of step scope needs to know of a micro-batch, with rows in place of sequences."""
+        _, tokens = self._network(
+            batch,
+            Uniform(),
+            progress=self.progress,
+            wanted=wanted | self.weighting.needs,
+            ref_logp=self._ref_logp(batch),
+            chunk_rows=self.chunk_rows,
+        )
+        return by_row(replace(tokens, weight=None), batch)
+
+    def _weigh_together(self, parts: list[TokenStats]) -> list[Tensor]:
+        return weigh_together(self.weighting, parts, self.trainer.world_size)
+
+    def _ref_logp(self, batch: "Batch") -> Tensor | None:
+        if "ref_logp" not in self.weighting.needs:
+            return None
+        return self._network.logp(batch, adapter=False) if self.adapter_is_reference else batch.ref_logp
+
+    def _record(self, stage: str, values: Mapping[str, Tensor], step: int | None, on_bar: set[str]) -> None:
+        """Values for callbacks and the progress bar; and, at `step`, for the loggers: optimizer steps done by then."""
+        fitting = self.trainer.state.fn == "fit"
+        for name, value in values.items():  # equal on all ranks: summed over them before
+            self.log(f"{stage}/{name}", value.to(torch.float32), prog_bar=name in on_bar, logger=not fitting)
+        if step is not None and fitting:
+            for logger in self.loggers:
+                logger.log_metrics({f"{stage}/{name}": float(value) for name, value in values.items()}, step)
+
+    def on_validation_start(self) -> None:
+        """As for training, in `dft validate`."""
+        if self.trainer.state.fn == "validate":
+            self._prepare_reference(["val"])
+
+    def on_test_start(self) -> None:
+        """As for training."""
+        self._prepare_reference(["test"])
+
+    def on_predict_start(self) -> None:
+        """As for training."""
+        self._prepare_reference(["train"])
+
+    def set_reference(self, weights: str) -> None:
+        """Take note of the sha256 of the reference model; refused where the run had another one before."""
+        then = None if self._then is None else self._then["reference"]
+        if then is not None:
+            resume.refuse(
+                resume.changes({"model (reference weights)": then}, {"model (reference weights)": weights}),
+                self.allow_changes,
+            )
+        self.reference_weights = weights
+
+    def _prepare_reference(self, stages: list[str]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            prepare_reference(self, data, stages)
+
+    def validation_step(self, batch: "Batch", batch_idx: int) -> None:
+        """Add a batch to the means over the whole validation set."""
+        if self.weighting.scope == "step":  # the set is the step
+            tokens, factor = self._unweighted(batch, frozenset({"rank"})), token_factor(self.normalize, batch.sequence)
+            self._validated.append((tokens, factor, units(self.normalize, batch.sequence), batch.tokens))
+            return
+        loss, tokens = self.score(batch, frozenset({"rank"}))
+        self.means.update(token_sums(loss, units(self.normalize, batch.sequence), tokens, batch.tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation means."""
+        self._log_means("val")
+
+    def test_step(self, batch: "Batch", batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test means."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        held, self._validated = self._validated, []
+        weights = self._weigh_together([tokens for tokens, *_ in held]) if held else []
+        for (tokens, factor, count, positions), weight in zip(held, weights, strict=True):
+            objective = -(weight * tokens.logp * (1.0 if factor is None else factor)).sum()
+            self.means.update(token_sums(objective, count, replace(tokens, weight=weight), positions))
+        self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
+        self.means.reset()
+
+    def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", TokenStats]:
+        """The batch and the statistics of its tokens; weights of step scope are not known here, and NaN."""
+        wanted = frozenset({"entropy", "rank"})
+        if self.weighting.scope == "step":
+            tokens = self._unweighted(batch, wanted)
+            return batch, replace(tokens, sequence=batch.sequence, weight=torch.full_like(tokens.logp, float("nan")))
+        return batch, self.score(batch, wanted)[1]

@@ -1,0 +1,86 @@
+"""One optimizer step as it is put together from micro-batches: normalised once, clipped, skipped if it is no use."""
+
+from collections.abc import Iterable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.metrics import positions_of, token_means, token_sums, units_of
+from dft_lightning.nonfinite import SkippedSteps
+from dft_lightning.normalizer import Normalize, scale_gradients, units
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from dft_lightning.data.batch import Batch
+    from dft_lightning.weighting import TokenStats
+
+
+class StepInTheMaking:
+    """Sums over a step's micro-batches, and what is done to its gradient.
+
+    Args:
+        normalize: by what the step is divided.
+        max_skipped: so many steps in a row without a finite loss and gradient are too many.
+    """
+
+    def __init__(self, normalize: Normalize, max_skipped: int) -> None:
+        self.normalize, self.skipped = normalize, SkippedSteps(max_skipped)
+        self._sums: Tensor | None = None
+        self._norm = torch.zeros(())
+        self.began()
+
+    def began(self) -> None:
+        """Start the clock of tokens/s."""
+        self._since = perf_counter()
+
+    def add(self, loss: Tensor, batch: "Batch", tokens: "TokenStats") -> None:
+        """Count a micro-batch."""
+        self.skipped.see(batch, tokens)
+        sums = token_sums(loss, units(self.normalize, batch.sequence), tokens, batch.tokens)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def normalise(self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradient by the whole step, of all ranks.
+
+        Lightning has divided each loss by the accumulation and averages gradients over ranks; both are undone here.
+        """
+        assert self._sums is not None
+        self._sums = cast(Tensor, trainer.strategy.reduce(self._sums, reduce_op="sum"))
+        factor = trainer.world_size * trainer.accumulate_grad_batches / units_of(self._sums).clamp(min=1)
+        scale_gradients(list(parameters), factor)
+
+    def clip(
+        self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter], value: float | None, algorithm: str | None
+    ) -> None:
+        """Clip the normalised gradient; take it away if the step cannot be used.
+
+        An optimizer leaves a parameter without a gradient, and its own state of it, as they are.
+        """
+        assert self._sums is not None
+        given = [parameter for parameter in parameters if parameter.grad is not None]
+        by_norm = bool(value) and algorithm in (None, "norm")
+        self._norm = torch.nn.utils.clip_grad_norm_(given, value if by_norm and value else float("inf"))
+        if value and not by_norm:
+            torch.nn.utils.clip_grad_value_(given, value)
+        loss = token_means(self._sums)["objective"]
+        finite = bool(torch.isfinite(self._norm) & torch.isfinite(loss))
+        self.skipped.judge(finite, trainer, {} if finite else {"norm": self._norm.item(), "loss": loss.item()})
+        if not finite:
+            for parameter in given:
+                parameter.grad = None
+
+    def close(self, optimizer: Any) -> dict[str, Tensor]:
+        """What there is to log of the step; the next one begins."""
+        assert self._sums is not None
+        values = {name: value for name, value in token_means(self._sums).items() if name != "top1"}
+        values["tokens_per_second"] = positions_of(self._sums) / (perf_counter() - self._since)
+        values["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        values["grad_norm"] = self._norm.double()
+        if self.skipped.this_one:
+            values = {name: value for name, value in values.items() if bool(torch.isfinite(value))}
+        self._sums = None
+        self.began()
+        return values | {"skipped_steps": torch.tensor(float(self.skipped.total))}

@@ -1,0 +1,212 @@
+"""Going on from a checkpoint: as the same run, whatever the geometry; as another one only where that is allowed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CHATML, sums, write_jsonl
+from harness import fit
+
+from dft_lightning.callbacks import Checkpoints
+from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.errors import UserError
+from dft_lightning.models import LoRA
+from dft_lightning.resume import age, rescale_progress
+from dft_lightning.weighting import DFT, Uniform
+
+PLAIN = {"lr_schedule": "constant", "warmup_ratio": 0.0}
+
+
+def sgd(lr):
+    return {"optimizer": lambda p: torch.optim.SGD(p, lr=lr)}
+
+
+def run(model, rows, folder, *, weighting=None, module=None, data=None, **options):
+    return fit(
+        model,
+        rows,
+        weighting,
+        module=PLAIN | (module or {}),
+        data={"micro_batch_size": 4} | (data or {}),
+        callbacks=[Checkpoints(1, save_best=False)],
+        enable_checkpointing=True,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def last(folder):
+    return checkpoint_folder(folder) / "last.ckpt"
+
+
+@pytest.fixture
+def stopped(model_dir, rows_file, tmp_path):
+    """The checkpoint of a run that was stopped after its second step of four."""
+    run(model_dir, rows_file, tmp_path / "stopped", max_steps=2)
+    return last(tmp_path / "stopped")
+
+
+GEOMETRIES = [
+    {"micro_batch_size": 8},
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 3, "grouping": "plain"},
+    {"micro_batch_size": 2, "packing": True},
+    {"micro_batch_size": 2, "packing": "padding_free"},
+]
+
+
+@pytest.mark.parametrize("data", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("steps", [2, 4, 5])
+def test_it_goes_on_in_another_geometry_with_the_same_gradients(model_dir, rows_file, tmp_path, data, steps):
+    """In mid-epoch, at its end, and in the second one; bound as in exactness.py."""
+    whole = run(model_dir, rows_file, tmp_path / "whole", max_epochs=2)[1]
+    run(model_dir, rows_file, tmp_path / "parts", max_epochs=2, max_steps=steps)
+    rest = run(model_dir, rows_file, tmp_path / "parts", max_epochs=2, data=data, ckpt_path=last(tmp_path / "parts"))[1]
+    assert len(rest.gradients) == 8 - steps
+    for ours, truth in zip(rest.gradients, whole.gradients[steps:], strict=True):
+        assert (ours - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_progress_is_rescaled_by_hand():
+    counts = {"ready": 6, "started": 6, "processed": 6, "completed": 5}
+    checkpoint = {
+        "dft_lightning": {"micro_batches": 3},
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": dict(counts), "current": dict(counts)}}},
+    }
+    rescale_progress(checkpoint, 5)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert progress["current"] == progress["total"] == {"ready": 10, "started": 10, "processed": 10, "completed": 9}
+
+
+def change_tokenizer(folder):
+    path = folder / "chat_template.jinja"
+    assert path.exists()
+    path.write_text(CHATML.replace("'\n' + m", "'\n\n' + m"))
+
+
+def change_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class TestAnotherRun:
+    @pytest.mark.parametrize(
+        ("change", "named", "allow"),
+        [
+            ({"weighting": Uniform()}, r"weighting: DFT\(floor=0.0\) → Uniform\(\)", "weighting"),
+            ({"module": {"normalize": "sequences"}}, "normalize: tokens → sequences", "normalize"),
+            ({"module": {"chat_template": "chatml"}}, r"tokenizer \(chat template\): None → chatml", "tokenizer"),
+            ({"data": {"seed": 1}}, r"data \(data.seed\): 0 → 1", "data"),
+            ({"data": {"global_batch_size": 4}}, r"data \(data.global_batch_size\): 8 → 4", "data"),
+        ],
+    )
+    def test_is_refused_by_name_unless_that_is_allowed(
+        self, model_dir, rows_file, tmp_path, stopped, change, named, allow
+    ):
+        with pytest.raises(UserError, match=rf"{named}.*--allow_changes '\[.*{allow}.*\]'"):
+            run(model_dir, rows_file, tmp_path, ckpt_path=stopped, **change)
+        everything = frozenset({allow, "data"} if allow == "tokenizer" else {allow})
+        _, recorder, trainer = run(
+            model_dir, rows_file, tmp_path, ckpt_path=stopped, max_steps=3, allow_changes=everything, **change
+        )
+        assert (len(recorder.gradients), trainer.global_step) == (1, 3)
+        with pytest.raises(UserError):
+            run(model_dir, rows_file, tmp_path, ckpt_path=stopped, allow_changes=frozenset({"model"}), **change)
+
+    def test_other_rows_in_the_same_file(self, model_dir, rows_file, tmp_path, stopped):
+        write_jsonl(rows_file, sums(26, seed=3))
+        with pytest.raises(UserError, match=r"data \(training rows\): \w+… → \w+…"):
+            run(model_dir, rows_file, tmp_path, ckpt_path=stopped)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [(change_tokenizer, r"tokenizer \(content\)"), (change_architecture, r"model \(architecture\)")],
+    )
+    def test_something_else_under_the_same_name(self, model_dir, rows_file, tmp_path, change, named):
+        """The name of the model's folder stays, what is in it does not."""
+        folder = shutil.copytree(model_dir, tmp_path / "model")
+        run(folder, rows_file, tmp_path / "run", max_steps=2)
+        change(folder)
+        with pytest.raises(UserError, match=named):
+            run(folder, rows_file, tmp_path / "run", ckpt_path=last(tmp_path / "run"))
+
+    def test_another_reference_model_under_the_same_name(self, model_dir, rows_file, tmp_path):
+        from dft_lightning.models import ModelSource, load_model
+        from dft_lightning.weighting import ImportanceWeighted
+
+        folder = shutil.copytree(model_dir, tmp_path / "model")
+        run(folder, rows_file, tmp_path / "run", weighting=ImportanceWeighted(), max_steps=2)
+        model = load_model(ModelSource(str(folder)))
+        model.lm_head.weight.data[5, 5] += 0.25
+        model.save_pretrained(folder)
+        with pytest.raises(UserError, match=r"model \(reference weights\)"):
+            run(
+                folder,
+                rows_file,
+                tmp_path / "run",
+                weighting=ImportanceWeighted(),
+                ckpt_path=last(tmp_path / "run"),
+            )
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [({"lora": LoRA(rank=2)}, "lora: None → "), ({"optimizer": torch.optim.AdamW}, "optimizer: SGD → AdamW")],
+    )
+    def test_what_does_not_fit_is_never_allowed(self, model_dir, rows_file, tmp_path, stopped, change, named):
+        everything = frozenset({"model", "tokenizer", "data", "weighting", "normalize"})
+        with pytest.raises(UserError, match=f"{named}.*its state does not fit"):
+            run(model_dir, rows_file, tmp_path, ckpt_path=stopped, module=change, allow_changes=everything)
+
+    def test_a_checkpoint_of_something_else(self, model_dir, rows_file, tmp_path, stopped):
+        checkpoint = torch.load(stopped, weights_only=True)
+        del checkpoint["dft_lightning"]
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        with pytest.raises(UserError, match="not written by a training run of dft-lightning"):
+            run(model_dir, rows_file, tmp_path, ckpt_path=tmp_path / "other.ckpt")
+
+
+class TestSettings:
+    def test_a_new_learning_rate_is_in_force_and_said(self, model_dir, rows_file, tmp_path, caplog):
+        """A checkpoint brings its own along, which would win without a word."""
+        run(model_dir, rows_file, tmp_path, module=sgd(0.01), max_steps=2)
+        _, recorder, _ = run(model_dir, rows_file, tmp_path, module=sgd(0.002), ckpt_path=last(tmp_path))
+        assert [one["train/lr"] for one in recorder.logged[-2:]] == pytest.approx([0.002, 0.002])
+        assert "lr 0.01 → 0.002" in caplog.text
+        assert "steps 2 → 4" in caplog.text
+
+    def test_a_longer_run_follows_its_own_schedule(self, model_dir, rows_file, tmp_path):
+        linear = {"lr_schedule": "linear"}
+        run(model_dir, rows_file, tmp_path, module=linear, max_steps=2)
+        _, recorder, _ = run(model_dir, rows_file, tmp_path, module=linear, max_epochs=2, ckpt_path=last(tmp_path))
+        rates = [one["train/lr"] for one in recorder.logged[-6:]]
+        assert rates == pytest.approx([0.01 * (8 - step) / 8 for step in range(2, 8)])
+
+    def test_other_settings_of_the_optimizer_too(self, model_dir, rows_file, tmp_path, caplog):
+        def adam(betas):
+            return {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01, betas=betas)}
+
+        run(model_dir, rows_file, tmp_path, module=adam((0.9, 0.95)), max_steps=2)
+        _, _, trainer = run(
+            model_dir, rows_file, tmp_path, module=adam((0.9, 0.999)), ckpt_path=last(tmp_path), max_steps=3
+        )
+        assert trainer.optimizers[0].param_groups[0]["betas"] == (0.9, 0.999)
+        assert "betas (0.9, 0.95) → (0.9, 0.999)" in caplog.text
+
+    def test_nothing_is_said_where_nothing_changed(self, model_dir, rows_file, tmp_path, caplog):
+        run(model_dir, rows_file, tmp_path)
+        run(model_dir, rows_file, tmp_path, ckpt_path=last(tmp_path))
+        assert "other settings" not in caplog.text
+
+    def test_a_schedule_that_looks_at_the_loss_is_refused(self, model_dir, rows_file):
+        with pytest.raises(UserError, match="expected one that is a function of the step"):
+            fit(model_dir, rows_file, DFT(), module={"lr_schedule": "reduce_lr_on_plateau"})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(3, "3 seconds"), (119, "119 seconds"), (600, "10 minutes"), (9000, "2 hours"), (1e6, "12 days")],
+)
+def test_ages(seconds, said):
+    assert age(seconds) == said
