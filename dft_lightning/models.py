@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dft_lightning import embedded
+from dft_lightning import embedded, varlen
 from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
@@ -78,6 +78,8 @@ def load_model(source: ModelSource) -> Any:
         UserError: it cannot be found or read, or does not know the attention implementation.
     """
     from transformers import AutoModelForCausalLM
+
+    varlen.register()
 
     with _loading("weights", source):
         model: Any = AutoModelForCausalLM.from_pretrained(

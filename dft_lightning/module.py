@@ -39,7 +39,8 @@ class FineTuner(WeightedModule):
         lr_schedule: name of a schedule of transformers: cosine, linear, constant_with_warmup, …
         warmup_ratio: share of the steps over which the learning rate rises from 0.
         dtype: of the weights; auto means that of trainer.precision where it ends in "-true", else float32.
-        attn_implementation: sdpa, eager, flash_attention_2, …; by default what transformers chooses.
+        attn_implementation: sdpa, eager, varlen (ours, for packed rows), flash_attention_2, …; by default what
+            transformers chooses.
         gradient_checkpointing: recompute activations in the backward pass: less memory, up to a third more time.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
         reference: where the reference log-probabilities of a weighting come from: a cache on disk, computed once from

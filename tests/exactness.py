@@ -2,9 +2,9 @@
 
     python tests/exactness.py [--quick]          (make exactness)
 
-The same 25 rows of very unequal length, in steps of 8 and a last one of 1, are trained on in all these ways and compared
-with one micro-batch a step on one rank: gradients before and after clipping (relative L2, the worst of all steps) and
-everything logged. It leaves with 1 if anything is out of bounds.
+The same 25 rows of very unequal length, in steps of 8 and a last one of 1, are trained on in all these ways and
+compared with one micro-batch a step on one rank: gradients before and after clipping (relative L2, the worst of all
+steps) and everything logged. It leaves with 1 if anything is out of bounds.
 
 Bounds. Behind an entry of the gradient stand some 10⁴ roundings of u = 6e-8 each, whose signs differ with the order of
 sums: they add up to about √10⁴·u = 6e-6, so the bound is 1e-5. A mean of micro-batch means is off by more than 1e-2.
@@ -236,7 +236,8 @@ def two_ranks(folder: Path, quick: bool) -> None:
         subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    if any([process.wait(600) for process in processes]):
+    codes = [process.wait(600) for process in processes]
+    if any(codes):
         raise RuntimeError("a rank has failed; its output is above")
 
 

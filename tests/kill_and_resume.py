@@ -41,8 +41,9 @@ CASES = {
     "reference, bf16-mixed": "--model.weighting ImportanceWeighted --trainer.precision bf16-mixed "
     "--checkpoints.every_n_steps 3 --trainer.val_check_interval 1.0",
 }
-REAL = """--trainer.accelerator cpu --model.model_name smollm2-135m-instruct --data PracticeDataModule --data.problems 64
-    --data.held_out 4 --data.global_batch_size 4 --data.micro_batch_size 2 --data.packing true --data.max_length 256
+REAL = """--trainer.accelerator cpu --model.model_name smollm2-135m-instruct --data PracticeDataModule
+    --data.problems 64 --data.held_out 4 --data.global_batch_size 4 --data.micro_batch_size 2 --data.packing true
+    --data.max_length 256
     --trainer.precision bf16-true --trainer.max_steps 6 --checkpoints.every_n_steps 2 --model.weighting DFT
     --export.enabled false --token_probabilities.every_n_steps 0 --run_dir {run}"""
 MEDIAN = '''"""A weighting that looks at the whole step."""

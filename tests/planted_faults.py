@@ -17,6 +17,13 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 MODULE, NLL, BATCH = "tests/test_module.py::", "tests/logprob/test_weighted_nll.py::", "tests/data/test_batch.py::"
+STEPS, STEP_WEIGHTS, NONFINITE = (
+    "tests/data/test_steps.py::",
+    "tests/test_step_weights.py::",
+    "tests/test_nonfinite.py::",
+)
+ATTENTION = "tests/test_attention.py::"
+ALONE = f"{ATTENTION}test_logits_of_a_packed_row_are_those_of_its_documents_alone"
 MODELS, RENDERING, CALLBACKS = "tests/test_models.py::", "tests/data/test_rendering.py::", "tests/callbacks/test_"
 CUT_UP, FORMULA = f"{MODULE}test_how_a_step_is_cut_up_changes_nothing", f"{MODULE}test_the_first_step_is_the_formula"
 DETACH = f"{NLL}test_the_weight_carries_no_gradient"
@@ -24,8 +31,8 @@ OWN_LOGITS = f"{MODELS}test_loss_and_every_gradient_equal_the_models_own_logits"
 SHIFT = f"{BATCH}test_labels_are_shifted_once_and_masked"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
-SCALE = "self.trainer.accumulate_grad_batches / units_of(sums).clamp(min=1)"
-BEFORE = 'before = np.flatnonzero(np.asarray(row["supervised"])[1:])'
+SCALE = "trainer.accumulate_grad_batches / units_of(self._sums).clamp(min=1)"
+BEFORE = 'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])'
 JOINED = """        rendered = Rendered([], [])
         whole = self._encode(["".join(part.text + part.stop for part in segments)], parsed=True)[0]
         prompt = len(self._encode([segments[0].text], parsed=True)[0])
@@ -48,11 +55,13 @@ def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more
 FAULTS = [
     fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
           ("count = torch.tensor(len(sequence),", "count = torch.tensor(min(len(sequence), 1),")),
-    fault(2, "divided again", "module.py", SCALE, f"{SCALE}.square()", FORMULA),
-    fault(2, "not divided at all", "module.py", SCALE, "self.trainer.accumulate_grad_batches * sums.new_ones(())", FORMULA),
-    fault(2, "Lightning's division stays", "module.py", SCALE, "1 / units_of(sums).clamp(min=1)", CUT_UP),
-    fault(3, "a shorter last window", "data/steps.py", "np.array_split(rows, shape.micro_batches * shape.ranks)",
-          "np.array_split(rows, max(1, -(-len(rows) // shape.micro_batch_size)))", CUT_UP),
+    fault(2, "divided again", "step.py", SCALE, f"{SCALE}.square()", FORMULA),
+    fault(2, "not divided at all", "step.py", SCALE, "trainer.accumulate_grad_batches * self._sums.new_ones(())", FORMULA),
+    fault(2, "Lightning's division stays", "step.py", SCALE, "1 / units_of(self._sums).clamp(min=1)", CUT_UP),
+    fault(3, "a shorter last window", "data/steps.py", "return mine + [[]] * (self.micro_batches - len(mine))", "return mine",
+          f"{STEPS}test_packed_steps_have_as_many_micro_batches_as_the_fullest_of_the_run"),
+    fault(3, "Lightning's division by the full window", "step.py", SCALE, "sum(len(row) > 0 for row in self.skipped._rows) / units_of(self._sums).clamp(min=1)",
+          CUT_UP),
     fault(4, "the weight is not detached", "logprob/chunked.py", "grad *= coefficient[:, None]",
           "grad *= (coefficient * (1 + chunk.stats.logp))[:, None]", DETACH),
     fault(5, "the loss ignores the weighting", "logprob/chunked.py", "w = weigh(chunk.stats, rows)",
@@ -64,7 +73,7 @@ FAULTS = [
     fault(6, "no shift", "data/batch.py", "tokens[before + 1]", "tokens[before]", SHIFT),
     fault(6, "shifted twice", "data/batch.py", "target.append(tokens[before + 1])",
           "target.append(tokens[np.minimum(before + 2, len(tokens) - 1)])", SHIFT),
-    fault(7, "no mask", "data/batch.py", BEFORE, 'before = np.arange(len(row["supervised"]) - 1)', SHIFT),
+    fault(7, "no mask", "data/batch.py", BEFORE, 'before = np.arange(len(sequence["supervised"]) - 1)', SHIFT),
     fault(8, "an empty batch has no graph", "logprob/chunked.py", "    return loss, job.result\n",
           "    return (loss if len(targets) else loss.detach()), job.result\n",
           f"{MODELS}test_an_empty_batch_reaches_every_parameter_with_zeros"),
@@ -94,19 +103,59 @@ FAULTS = [
           ("StepSampler(rows.lengths, whole)", "StepSampler(rows.lengths, whole, drop_last=True)")),
     fault(15, "the weighted loss is the monitor", "weighting/likelihood.py", '= ("val/p_mean", "max")', '= ("val/objective", "min")',
           f"{CALLBACKS}checkpoints.py::test_the_best_is_by_what_the_weighting_descends"),
-    fault(17, "clipped before it is normalised", "module.py", "        scale_gradients(list(self._network.parameters()), factor)",
-          '        clip = self.trainer.gradient_clip_val or float("inf")\n'
-          "        torch.nn.utils.clip_grad_norm_(list(self._network.parameters()), clip)\n"
-          "        scale_gradients(list(self._network.parameters()), factor)", CUT_UP),
+    fault(16, "a statistic of the micro-batch", "scoring.py", "        return weigh_together(self.weighting, parts, self.trainer.world_size)",
+          "        return [weigh_together(self.weighting, [part])[0] for part in parts]", f"{STEP_WEIGHTS}test_it_is_asked_once_a_step_about_all_of_its_tokens"),
+    fault(16, "a statistic of the rank", "step_weights.py", "mine if ranks == 1 else _gathered(mine)", "mine",
+          "tests/test_exactness.py::test_one_gradient_however_a_step_is_cut_up", 
+          ("    if ranks > 1:", "    if False:")),
+    fault(16, "validation is weighed batch by batch", "scoring.py", "        weights = self._weigh_together([tokens for tokens, *_ in held]) if held else []",
+          "        weights = [self._weigh_together([tokens])[0] for tokens, *_ in held]", f"{STEP_WEIGHTS}test_the_validation_set_is_looked_at_as_one_step"),
+    fault(16, "the pass before has other dropout", "module.py", "            self._seed(number)\n            parts", "            parts",
+          f"{STEP_WEIGHTS}test_the_weights_are_those_of_the_gradient_pass_with_its_dropout"),
+    fault(17, "clipped before it is normalised", "step.py", "        scale_gradients(list(parameters), factor)",
+          '        parameters = list(parameters)\n'
+          '        torch.nn.utils.clip_grad_norm_(parameters, trainer.gradient_clip_val or float("inf"))\n'
+          "        scale_gradients(parameters, factor)", CUT_UP),
+    fault(17, "a skipped step moves the schedule", "module.py", "        if not self.step.skipped.this_one:\n            scheduler", "        if True:\n            scheduler",
+          f"{NONFINITE}test_the_step_leaves_weights_optimizer_and_schedule_as_they_were"),
+    fault(17, "a step that is not finite is made", "step.py", "                parameter.grad = None", "                pass",
+          f"{NONFINITE}test_the_step_leaves_weights_optimizer_and_schedule_as_they_were"),
+    fault(17, "skipped steps are not counted", "nonfinite.py", "            self.total += 1\n", "",
+          f"{NONFINITE}test_the_step_leaves_weights_optimizer_and_schedule_as_they_were"),
+    fault(18, "a mask of ones", "attention.py", 'return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}',
+          'return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False, "attention_mask": torch.ones_like(batch.input_ids)}', ALONE),
+    fault(18, "a cache", "attention.py", '"position_ids": batch.position_ids, "use_cache": False}', '"position_ids": batch.position_ids, "use_cache": True}', ALONE),
+    fault(18, "no positions", "attention.py", '{"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache"', '{"input_ids": batch.input_ids, "use_cache"', ALONE),
+    fault(18, "attention is not proved", "module.py", "                self._network.check_borders()", "                pass",
+          f"{ATTENTION}test_a_packed_run_proves_it_first"),
+    fault(18, "varlen sees the document before", "varlen.py", "in pairwise(borders.tolist())", "in pairwise(borders.tolist()[::2] + borders.tolist()[-1:] * (len(borders) % 2 == 0))", ALONE),
+    fault(19, "labels cross borders", "data/batch.py", BEFORE, 'before = np.flatnonzero(np.asarray(sequence["supervised"])) - 1', f"{BATCH}test_packed_rows_in_ids_written_out"),
+    fault(19, "positions go on", "data/batch.py", "np.repeat(ends - documents, documents)", "0", f"{BATCH}test_packed_rows_in_ids_written_out"),
+    fault(19, "padding belongs to the last document", "data/batch.py", "for size in (*row, width - sum(row)) if size]",
+          "for size in ((*row[:-1], width - sum(row[:-1])) if row else (width,))]", f"{BATCH}test_packed_rows_in_ids_written_out"),
     fault(20, "masked by the length of the prompt", "data/rendering.py", "        rendered = Rendered([], [])\n", JOINED,
           f"{RENDERING}test_merges_across_the_seam_stay_out"),
     fault(20, "the stop token is not learnt", "data/rendering.py", "rendered.supervised.extend([bool(segment.stop)] * len(tokens))",
           "rendered.supervised.extend([bool(segment.stop) and n < len(tokens) - 1 for n in range(len(tokens))])", SPANS),
     fault(20, "padding masks the stop token", "data/batch.py", BEFORE,
-          'before = np.flatnonzero(np.asarray(row["supervised"])[1:] & (tokens[1:] != self.pad_id))',
+          'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:] & (tokens[1:] != self.pad_id))',
           f"{BATCH}test_padding_with_the_stop_token_does_not_mask_the_real_one"),
-    fault(21, "a resumed epoch begins anew", "data/datamodule.py", 'self._resume["epoch"], self._resume["batches"]',
-          'self._resume["epoch"], 0', f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
+    fault(21, "a resumed epoch begins anew", "data/datamodule.py", 'self._resume["steps"] * sampler.micro_batches',
+          '0', f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
+    fault(21, "an epoch's end is taken for its beginning", "data/datamodule.py", '"epoch": epoch + done // sampler.steps', '"epoch": epoch',
+          f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
+    fault(21, "dropout goes on by chance", "module.py", "        self._seed(number)\n        loss", "        loss",
+          f"{CALLBACKS}checkpoints.py::test_dropout_goes_on_where_it_was"),
+    fault(21, "saved before the validation", "callbacks/checkpoints.py", "if self._due and not _validates_now(trainer):", "if self._due:",
+          f"{CALLBACKS}checkpoints.py::test_a_run_that_dies_in_a_validation_does_it_again"),
+    fault(21, "written in place", "callbacks/checkpoints.py", 'folder / f".{name}.ckpt.unfinished"', 'folder / f"{name}.ckpt"',
+          f"{CALLBACKS}checkpoints.py::test_a_saving_that_fails_leaves_the_one_before"),
+    fault(21, "logs stay in memory", "callbacks/checkpoints.py", "                logger.experiment.flush()", "                pass",
+          f"{CALLBACKS}checkpoints.py::test_what_was_logged_is_on_disk_with_the_checkpoint"),
+    fault(21, "the checkpoint's learning rate wins", "module.py", "changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)", "changed = []",
+          "tests/test_resume.py::TestSettings::test_a_new_learning_rate_is_in_force_and_said", ("        scheduler = self.trainer.lr_scheduler_configs[0].scheduler\n", "")),
+    fault(21, "micro-batches of another geometry", "module.py", "        resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)\n", "",
+          "tests/test_resume.py::test_it_goes_on_in_another_geometry_with_the_same_gradients"),
     fault(21, "looking draws random numbers", "data/datamodule.py", "generator=torch.Generator(),", "generator=None,",
           f"{CALLBACKS}token_probabilities.py::TestRun::test_training_does_not_notice"),
     fault(22, "the reference in training mode", "models.py", "        self.eval()\n", "        self.train()\n",
@@ -117,6 +166,8 @@ FAULTS = [
           "    hidden = _factor(hidden, job).mul_(1.001)\n", f"{NLL}test_inputs_are_left_as_they_were"),
     fault(25, "inf times 0", "logprob/head.py", "torch.where(logp > -torch.inf, logp.exp() * logp, 0.0)", "(logp.exp() * logp)",
           f"{NLL}test_forbidden_tokens_count_nothing"),
+    fault(25, "a weight of p by dividing", "weighting/likelihood.py", "tokens.p.clamp(min=self.floor)", "(tokens.p * tokens.logp / tokens.logp).clamp(min=self.floor)",
+          "tests/weighting/test_proof.py"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import sums, tiny_config, tiny_model, write_jsonl
 from harness import fit
 
+from dft_lightning import varlen
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Collator
 from dft_lightning.errors import UserError
@@ -28,6 +29,7 @@ LENGTHS = (9, 1, 14, 6, 11)
 def model(name, attention):
     from transformers import AutoModelForCausalLM
 
+    varlen.register()
     torch.manual_seed(0)
     config = tiny_config(name.split(" ")[0], **MODELS[name])
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
@@ -46,12 +48,12 @@ ROWS = [[[0, 1, 2], [3, 4]], [[0, 1, 2, 3, 4]], [[2], [0, 3], [4, 1]]]
 
 @pytest.mark.parametrize("layout", ROWS, ids=["two rows", "one row", "three rows"])
 @pytest.mark.parametrize("width", [None, 50], ids=["padding-free", "padding tail"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_a_packed_row_are_those_of_its_documents_alone(name, attention, width, layout):
     """Float32: 1e-5 of the largest logit is a hundred units of rounding; one that sees another is off by 1."""
-    if name.startswith("gemma2") and attention == "sdpa":
-        pytest.skip("transformers has no soft-cap in sdpa, and refuses the model there")
+    if name.startswith("gemma2") and attention != "eager":
+        pytest.skip("neither sdpa nor varlen has a soft-cap: refused, see below")
     lm, rows = model(name, attention), documents()
     batch = Collator(packed=True, width=width)([[rows[number] for number in row] for row in layout])
     with torch.no_grad():
@@ -87,35 +89,41 @@ def test_kernels_for_varying_lengths_get_all_rows_as_one_with_their_borders():
     assert "position_ids" not in inputs(Collator()([[rows[0]]]), "flash_attention_2")
 
 
-@pytest.fixture
-def varlen():
-    """A kernel as those of flash attention are called: all rows as one, and where each document begins."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+class TestVarlen:
+    @pytest.mark.parametrize("name", ["llama", "mistral sliding"])
+    def test_its_gradients_are_those_of_eager_attention(self, name):
+        """Packed, and padded rows without borders, which are documents of their own."""
+        for collate in (Collator(packed=True, width=30), Collator(3)):
+            rows = documents()
+            batch = collate([rows[:3], rows[3:]] if collate.packed else [[row] for row in rows])
+            found = []
+            for attention in ("eager", "varlen"):
+                lm = WeightedLM(model(name, attention))
+                lm(batch, DFT())[0].backward()
+                found.append(torch.cat([parameter.grad.flatten() for parameter in lm.parameters()]))
+            assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
 
-    def attend(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
-        assert mask is None
-        assert query.shape[0] == 1
-        lengths = torch.tensor([query.shape[2]]) if cu_seq_lens_q is None else torch.diff(cu_seq_lens_q)
-        assert max_length_q in (None, int(lengths.max()))
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        each = [
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-            for q, k, v in zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True)
-        ]
-        return torch.cat(each, dim=2).transpose(1, 2), None
+    def test_dropout_is_dropped_out(self):
+        lm = model("llama", "varlen").train()
+        lm.config.attention_dropout = 0.5
+        for layer in lm.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        network, batch = WeightedLM(lm), Collator(packed=True)([documents()])
+        torch.manual_seed(0)
+        first, second = network.hidden(batch), network.hidden(batch)
+        assert not torch.equal(first, second)
 
-    AttentionInterface.register("test_varlen", attend)
-    AttentionMaskInterface.register("test_varlen", lambda *_, **__: None)
-    return "test_varlen"
+    def test_what_it_cannot_do_is_refused(self):
+        with pytest.raises(UserError, match="without mask, soft-cap, sinks and cache"):
+            WeightedLM(model("gemma2 sliding and soft-cap", "varlen"))
 
-
-def test_a_kernel_that_is_told_the_borders_gives_the_same_hidden_states(varlen):
-    plain, told, rows = model("llama", "eager"), model("llama", varlen), documents()
-    batch = Collator(packed=True, width=30)([rows[:3], rows[3:]])
-    with torch.no_grad():
-        ours, theirs = (WeightedLM(lm).hidden(batch) for lm in (told, plain))
-    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    def test_a_run_with_it(self, model_dir, rows_file):
+        truth = fit(model_dir, rows_file, DFT())[1].gradients
+        for packing in (True, "padding_free", False):
+            module = {"attn_implementation": "varlen"}
+            ours = fit(model_dir, rows_file, DFT(), module=module, data={"packing": packing})[1].gradients
+            for one, other in zip(ours, truth, strict=True):
+                assert (one - other).norm() < 1e-5 * other.norm()
 
 
 @pytest.fixture

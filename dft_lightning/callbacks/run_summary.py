@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning.attention import implementation_of
 from dft_lightning.data.packing import Packed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
         "precision": f"{trainer.precision}, weights in {str(parameters[0].dtype).removeprefix('torch.')}",
+        "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
     }
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
@@ -53,6 +55,15 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
         "run folder": str(trainer.default_root_dir),
     }
+
+
+def _attention(module: "FineTuner", data: "ChatDataModule | None") -> str:
+    assert module.network is not None
+    name = implementation_of(module.network.base.get_decoder())
+    if data is None or not data.is_packed:
+        return name
+    slow = "; varlen would not multiply a document with the others of its row" if name in ("sdpa", "eager") else ""
+    return f"{name}, proved to keep packed sequences apart{slow}"
 
 
 def _data_facts(data: "ChatDataModule") -> dict[str, str]:

@@ -3,12 +3,13 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from harness import fit
+from harness import events, fit, logger
 
 from dft_lightning import FineTuner
 from dft_lightning.callbacks import Checkpoints
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.errors import UserError
+from dft_lightning.models import LoRA
 from dft_lightning.weighting import DFT, Uniform
 
 P_MEANS, NLLS = [0.3, 0.6, float("nan"), 0.5], [2.0, 1.0, 0.5, 0.7]
@@ -150,6 +151,59 @@ def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(model_dir, rows_file, tm
     assert first + rest == rows
     assert len(rows) == 16
     for ours, truth in zip(early + late, gradients, strict=True):
+        assert torch.equal(ours, truth)
+
+
+class Interrupt(pl.Callback):
+    """Ends the run as a validation begins, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_run_that_dies_in_a_validation_does_it_again(model_dir, rows_file, tmp_path, step):
+    """A checkpoint from before a validation would be taken up after it."""
+    more = {"val_check_interval": 1, "data": {"val_size": 4, "global_batch_size": 6}}
+    whole = logger(tmp_path / "whole"), logger(tmp_path / "parts"), logger(tmp_path / "parts")
+    run(model_dir, rows_file, tmp_path / "whole", Checkpoints(1), logger=whole[0], **more)
+    killed = {"callbacks": [Interrupt(step)], "logger": whole[1]}
+    with pytest.raises(RuntimeError, match="killed"):
+        run(model_dir, rows_file, tmp_path / "parts", Checkpoints(1), **killed, **more)
+    last = checkpoint_folder(tmp_path / "parts") / "last.ckpt"
+    resumed = {"ckpt_path": last} if last.exists() else {}
+    run(model_dir, rows_file, tmp_path / "parts", Checkpoints(1), logger=whole[2], **resumed, **more)
+    ours, truth = ({e.step: e.value for e in events(tmp_path / f).Scalars("val/nll")} for f in ("parts", "whole"))
+    assert ours == truth
+    assert sorted(truth) == [1, 2, 3, 4]
+
+
+def test_what_was_logged_is_on_disk_with_the_checkpoint(model_dir, rows_file, tmp_path):
+    """A kill right after it loses nothing that comes before it."""
+    seen = []
+
+    class Look(Checkpoints):
+        def _save(self, trainer, name):
+            super()._save(trainer, name)
+            seen.append([event.step for event in events(tmp_path).Scalars("train/nll")])
+
+    run(model_dir, rows_file, tmp_path, Look(1, save_best=False), logger=logger(tmp_path))
+    assert seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_dropout_goes_on_where_it_was(model_dir, rows_file, tmp_path):
+    """Its random numbers follow from the step, not from what happened in this process."""
+    lora = {"lora": LoRA(rank=4, dropout=0.5), "lr_schedule": "constant"}
+    data = {"micro_batch_size": 4}
+    whole = run(model_dir, rows_file, tmp_path / "whole", Checkpoints(), module=lora, data=data)[1]
+    run(model_dir, rows_file, tmp_path / "parts", Checkpoints(), module=lora, data=data, max_steps=2)
+    last = checkpoint_folder(tmp_path / "parts") / "last.ckpt"
+    rest = run(model_dir, rows_file, tmp_path / "parts", Checkpoints(), module=lora, data=data, ckpt_path=last)[1]
+    for ours, truth in zip(rest.gradients, whole.gradients[2:], strict=True):
         assert torch.equal(ours, truth)
 
 
