@@ -114,10 +114,14 @@ class FineTuner(WeightedModule):
             parts.append(self._unweighted(batch.to(self.device)))
         return self._weigh_together(parts)
 
+    @property
+    def seed(self) -> int:
+        """That of `seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
     def _seed(self, micro_batch: int) -> None:
         """Dropout follows from seed, step, micro-batch and rank, so that it is the same after a restart."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        facts = [seed, self.trainer.global_step, micro_batch, self.trainer.global_rank]
+        facts = [self.seed, self.trainer.global_step, micro_batch, self.trainer.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(facts).generate_state(1)[0]))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -180,8 +184,9 @@ class FineTuner(WeightedModule):
             return
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)
-        if self._then["total_steps"] != self.total_steps:
-            changed.append(f"steps {self._then['total_steps']} → {self.total_steps}")
+        now = {"steps": self.total_steps, "seed": self.seed}
+        then = {"steps": self._then["total_steps"], "seed": self._then["seed"]}
+        changed += [f"{what} {change}" for what, change in resume.changes(then, now).items()]
         if changed:
             rank_zero_info(f"Going on with other settings than the checkpoint's: {', '.join(changed)}")
 

@@ -54,6 +54,7 @@ def facts_of(module: "FineTuner") -> dict[str, Any]:
         "optimizer": type(module.trainer.optimizers[0]).__qualname__,
         "reference": module.reference_weights,
         "skipped": module.step.skipped.state(),
+        "seed": module.seed,
         "micro_batches": module.trainer.accumulate_grad_batches,
         "total_steps": module.total_steps,
         "saved_at": time.time(),
@@ -89,9 +90,8 @@ def rescale_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         short = counts["ready"] - counts["completed"]  # 1 where it was saved at the end of a micro-batch
-        for name in ("ready", "started", "processed", "completed"):
-            counts[name] = -(-counts[name] // before) * micro_batches
-        counts["completed"] = counts["ready"] - short
+        ready = counts["ready"] // before * micro_batches  # what had been begun of a step is begun anew
+        counts.update(ready=ready, started=ready, processed=ready, completed=ready - short)
 
 
 def age(seconds: float) -> str:

@@ -1,8 +1,10 @@
 """Going on from a checkpoint: as the same run, whatever the geometry; as another one only where that is allowed."""
 
+import copy
 import json
 import shutil
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import CHATML, sums, write_jsonl
@@ -22,14 +24,14 @@ def sgd(lr):
     return {"optimizer": lambda p: torch.optim.SGD(p, lr=lr)}
 
 
-def run(model, rows, folder, *, weighting=None, module=None, data=None, **options):
+def run(model, rows, folder, *, weighting=None, module=None, data=None, every=1, callbacks=(), **options):
     return fit(
         model,
         rows,
         weighting,
         module=PLAIN | (module or {}),
         data={"micro_batch_size": 4} | (data or {}),
-        callbacks=[Checkpoints(1, save_best=False)],
+        callbacks=[*callbacks, Checkpoints(every, save_best=False)],
         enable_checkpointing=True,
         default_root_dir=folder,
         **options,
@@ -77,6 +79,39 @@ def test_progress_is_rescaled_by_hand():
     rescale_progress(checkpoint, 5)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert progress["current"] == progress["total"] == {"ready": 10, "started": 10, "processed": 10, "completed": 9}
+    progress["current"].update(ready=13, started=13, processed=13, completed=13)  # within a step
+    checkpoint["dft_lightning"]["micro_batches"] = 5
+    rescale_progress(checkpoint, 2)
+    assert progress["current"] == {"ready": 4, "started": 4, "processed": 4, "completed": 4}
+
+
+class StopAt(pl.Callback):
+    """Asks for an end after so many micro-batches, as max_time does; or at the end of an epoch."""
+
+    def __init__(self, batches=0, epoch=None):
+        self.left, self.epoch = batches, epoch
+
+    def on_train_batch_end(self, trainer, *_):
+        self.left -= 1
+        trainer.should_stop |= self.left == 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop |= trainer.current_epoch == self.epoch
+
+
+@pytest.mark.parametrize("stop", [StopAt(1), StopAt(2), StopAt(5), StopAt(8), StopAt(9), StopAt(epoch=0)])
+@pytest.mark.parametrize("val", [{}, {"val_size": 4}], ids=["", "validated"])
+def test_an_early_end_waits_for_the_step_and_is_gone_on_from_exactly(model_dir, rows_file, tmp_path, stop, val):
+    """In the middle of an accumulation, in another epoch, at an epoch's end."""
+    data = {"data": val, "max_epochs": 2}
+    whole = run(model_dir, rows_file, tmp_path / "whole", **data)[1].gradients
+    early = run(model_dir, rows_file, tmp_path / "parts", every=100, callbacks=[copy.copy(stop)], **data)[1].gradients
+    stored = torch.load(last(tmp_path / "parts"), weights_only=True)
+    an_epoch = 3 if val else 4
+    assert stored["global_step"] == len(early) == (an_epoch if stop.epoch == 0 else -(-stop.left // 2))
+    late = run(model_dir, rows_file, tmp_path / "parts", ckpt_path=last(tmp_path / "parts"), **data)[1].gradients
+    for ours, truth in zip(early + late, whole, strict=True):
+        assert torch.equal(ours, truth)
 
 
 def change_tokenizer(folder):

@@ -48,23 +48,32 @@ class Checkpoints(Checkpoint):
         self.every_minutes, self._saved_time = every_minutes, time.monotonic()
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
         self.best: float | None = None
-        self._saved_at = self._seen = 0
-        self._due = False
+        self._saved_at = 0
+        self._due = self._stop = False
+        self._validated_on: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
+        rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
+        self._validated_on = None if rows is None else rows.fingerprint
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save the last state, every so many steps and after the last; where a validation is due now, after that.
 
         Not in `on_train_end`: there Lightning counts the epoch as done, and a longer run would go on with the next one.
         """
-        step, skipped = trainer.global_step, cast("FineTuner", pl_module).step.skipped
-        if step == self._saved_at or step == self._seen:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            if trainer.should_stop:  # by max_time, say: the optimizer step is finished first
+                self._stop, trainer.should_stop = True, False
             return
-        self._seen = step
+        trainer.should_stop |= self._stop
+        step, skipped = trainer.global_step, cast("FineTuner", pl_module).step.skipped
+        if step == self._saved_at:
+            return
         if skipped.too_many:
             self._save(trainer, "stopped")
             return
@@ -76,9 +85,9 @@ class Checkpoints(Checkpoint):
         if self._due and not _validates_now(trainer):
             self._save(trainer, "last")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end where it came otherwise."""
-        if trainer.global_step != self._saved_at:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where another callback ends the training now."""
+        if trainer.should_stop and trainer.global_step != self._saved_at:
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,7 +96,7 @@ class Checkpoints(Checkpoint):
             return
         if self.save_best:
             self._save_best(trainer)
-        if self._due or trainer.global_step == self._saved_at:
+        if self._due or trainer.should_stop or trainer.global_step == self._saved_at:
             self._save(trainer, "last")
 
     def _save_best(self, trainer: pl.Trainer) -> None:
@@ -122,12 +131,13 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and the step saved last."""
-        return {"best": self.best, "saved_at": self._saved_at, "monitor": self.monitor}
+        compared = {"monitor": self.monitor, "validated_on": self._validated_on}
+        return {"best": self.best, "saved_at": self._saved_at, **compared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with them, unless another monitor is chosen by now."""
+        """Continue with them, unless another monitor is chosen by now, or other rows to validate on."""
         self._saved_at = state_dict["saved_at"]
-        if state_dict["monitor"] == self.monitor:
+        if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
 
 

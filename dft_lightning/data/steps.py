@@ -93,8 +93,9 @@ class StepSampler:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's permutation."""
-        self.epoch = epoch
+        """Choose the epoch's permutation; `start` is of the epoch before."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def order(self, epoch: int) -> np.ndarray:
         """The sequences of an epoch in the order in which the steps take them."""

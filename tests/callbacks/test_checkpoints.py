@@ -212,7 +212,11 @@ def test_the_best_score_goes_on(model_dir, rows_file, tmp_path, scripted):
     run(model_dir, rows_file, tmp_path, first, DFT(), val_check_interval=1)
     state = first.state_dict()
     second.monitor = "val/p_mean"
+    second._validated_on = other._validated_on = state["validated_on"]
     second.load_state_dict(state)
     other.load_state_dict(state)
     assert (second.best, second.state_dict()) == (first.best, state)
     assert other.best is None
+    third = Checkpoints(1, monitor="val/p_mean")
+    third.load_state_dict(state | {"validated_on": "other rows"})
+    assert third.best is None
