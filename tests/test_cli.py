@@ -1,6 +1,7 @@
 """`dft`, as its users type it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -212,6 +213,33 @@ class TestFit:
         assert "from step 0" in said
         assert sorted(scalars("new")["train/nll"]) == [1, 2, 3]
 
+    def test_how_old_a_checkpoint_is_and_that_a_later_one_was_cut_off(self, dft, caplog):
+        options = ("--model.weighting", "DFT", "--checkpoints.every_n_steps", "1")
+        assert dft("fit", *options, "--trainer.max_steps", "2") == 0
+        os.utime("run/checkpoints/last.ckpt", times=(time.time() - 7300,) * 2)
+        whole = Path("run/checkpoints/last.ckpt").read_bytes()
+        Path("run/checkpoints/.last.ckpt.unfinished").write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        assert dft("fit", *options) == 0
+        said = "Going on from run/checkpoints/last.ckpt: step 2, written 2 hours ago (a later one was cut off"
+        assert said in caplog.text
+        assert {path.name for path in Path("run/checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+        assert scalars("run")["train/skipped_steps"].keys() == {1, 2, 3}
+
+    def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, capsys):
+        Path("run/checkpoints").mkdir(parents=True)
+        Path("run/checkpoints/.last.ckpt.unfinished").write_bytes(b"PK half")
+        assert dft("fit", "--model.weighting", "DFT", "--ckpt_path", "last") == 0
+        assert "no whole checkpoint, only one that was cut off" in capsys.readouterr().out
+
+    def test_packed_rows_are_announced(self, dft, capsys):
+        packed = ("--data.packing", "true", "--data.pack_length", "400", "--model.attn_implementation", "varlen")
+        assert dft("fit", "--model.weighting", "DFT", *packed) == 0
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "varlen, proved to keep packed sequences apart" in said
+        assert "rows of 400 tokens" in said
+        assert re.search(r"\d\d\.\d% of their positions hold a token", said)
+
     def test_other_data_in_the_same_folder_is_refused(self, dft, capsys, tmp_path):
         assert dft("fit", "--model.weighting", "DFT") == 0
         write_jsonl(tmp_path / "others.jsonl", sums(32, seed=9))
@@ -372,7 +400,7 @@ class TestConfigs:
         )
         assert config["export"]["stop_tokens"]
 
-    @pytest.mark.parametrize("file", ["precision/fp32-master", "precision/paper-bf16", "lora", "demo"])
+    @pytest.mark.parametrize("file", ["precision/fp32-master", "precision/paper-bf16", "lora", "packing", "demo"])
     def test_the_others_parse(self, capsys, file):
         base = ["--config", str(CONFIGS / "base.yaml"), "--config", str(CONFIGS / "dft.yaml")]
         more = ["--model.model_name", "x", "--config", str(CONFIGS / f"{file}.yaml"), "--print_config"]
@@ -382,6 +410,9 @@ class TestConfigs:
         config = yaml.safe_load(capsys.readouterr().out)
         if file == "lora":
             assert config["model"]["lora"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
+        if file == "packing":
+            assert config["data"]["init_args"]["packing"] == "padding_free"
+            assert config["data"]["init_args"]["num_samples"] == 100000
         if file == "demo":
             assert config["model"]["model_name"] == NAME
 
