@@ -22,7 +22,7 @@ from dft_lightning.models import WeightedLM
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
     from dft_lightning.data.datamodule import ChatDataModule
-    from dft_lightning.data.tokenized import TokenizedRows
+    from dft_lightning.data.store import TokenizedRows
     from dft_lightning.scoring import WeightedModule
 
 

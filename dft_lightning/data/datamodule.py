@@ -16,7 +16,7 @@ from dft_lightning.data.packing import Grouping, Layout, Packed, Padded, Row
 from dft_lightning.data.rows import StageRows, split_rows
 from dft_lightning.data.sources import Columns
 from dft_lightning.data.steps import Geometry, StepSampler
-from dft_lightning.data.tokenized import TokenizedRows
+from dft_lightning.data.store import TokenizedRows
 from dft_lightning.errors import UserError
 from dft_lightning.resume import changes, refuse
 

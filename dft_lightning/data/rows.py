@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dft_lightning.data.sources import Columns, load_rows
-from dft_lightning.data.tokenized import TokenizedRows, tokenize
+from dft_lightning.data.store import TokenizedRows
+from dft_lightning.data.tokenized import tokenize
 from dft_lightning.embedded import cache_dir as default_cache_dir
 from dft_lightning.errors import UserError
 

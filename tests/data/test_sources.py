@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dft_lightning.data.readers import place_of, read_row
 from dft_lightning.data.rendering import UnusableRow
-from dft_lightning.data.sources import Columns, conversation, load_rows, place_of, read_row
+from dft_lightning.data.sources import Columns, conversation, load_rows
 from dft_lightning.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -218,7 +219,7 @@ class TestJson:
     def test_numbers_go_on_over_reads_and_begin_anew_with_a_file(
         self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("dft_lightning.data.sources._READ_BYTES", 50)
+        monkeypatch.setattr("dft_lightning.data.readers._READ_BYTES", 50)
         for name in "ab":
             lines = [json.dumps({"source": f"{name}{i}"}) for i in range(1, 31)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

@@ -15,7 +15,8 @@ import pytest
 
 from dft_lightning.data.rendering import ChatRenderer, Rendered, UnusableRow
 from dft_lightning.data.sources import Columns, load_rows
-from dft_lightning.data.tokenized import TokenizedRows, tokenize
+from dft_lightning.data.store import TokenizedRows
+from dft_lightning.data.tokenized import tokenize
 from dft_lightning.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
