@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.errors import UserError
 
@@ -118,8 +117,6 @@ class Checkpoints(Checkpoint):
             self._saved_at, self._saved_time, self._due = trainer.global_step, time.monotonic(), False
         for logger in trainer.loggers:  # what was logged up to here is not lost with the process
             logger.save()
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.flush()
         folder = checkpoint_folder(trainer.default_root_dir)
         unfinished = folder / f".{name}.ckpt.unfinished"
         trainer.save_checkpoint(unfinished, weights_only=False)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -267,7 +266,6 @@ class ChatDataModule(pl.LightningDataModule):
             batch_sampler=cast("Sampler[Any]", sampler),
             collate_fn=self._collator(sampler, stage),
             num_workers=workers,
-            generator=torch.Generator(),  # it draws from the global one otherwise, and dropout would hang on validation
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

@@ -1,9 +1,12 @@
 """`last.ckpt` and `best.ckpt` of real runs: when, by what, and always whole."""
 
+import os
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from harness import events, fit, logger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning import FineTuner
 from dft_lightning.callbacks import Checkpoints
@@ -126,10 +129,14 @@ class Read(pl.Callback):
 
 
 @pytest.mark.parametrize("end", [{"max_steps": 1}, {"max_steps": 2}, {"max_steps": 5}, {"max_epochs": 1}], ids=str)
-def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(model_dir, rows_file, tmp_path, end):
-    """Trap 21: from last.ckpt as the end of a shorter run leaves it, mid-epoch too, with accumulation and Adam."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_in_two_parts_is_the_whole_run_to_the_bit(model_dir, rows_file, tmp_path, end, workers):
+    """Trap 21: from last.ckpt as the end of a shorter run leaves it, mid-epoch too, with accumulation and Adam.
+
+    A worker has fetched its first rows before Lightning says which epoch it is.
+    """
     constant = {"lr_schedule": "constant", "optimizer": torch.optim.Adam}  # a schedule would know of the shorter run
-    more = {"module": constant, "data": {"micro_batch_size": 4}}
+    more = {"module": constant, "data": {"micro_batch_size": 4, "num_workers": workers}}
 
     def go(folder, ends, **options):
         read = Read()
@@ -182,17 +189,30 @@ def test_a_run_that_dies_in_a_validation_does_it_again(model_dir, rows_file, tmp
     assert sorted(truth) == [1, 2, 3, 4]
 
 
-def test_what_was_logged_is_on_disk_with_the_checkpoint(model_dir, rows_file, tmp_path):
-    """A kill right after it loses nothing that comes before it."""
-    seen = []
+def test_what_was_logged_is_on_disk_with_the_checkpoint(model_dir, rows_file, tmp_path, monkeypatch):
+    """A kill right after it loses nothing that comes before it: logged, flushed, named."""
+    happened = []
 
-    class Look(Checkpoints):
-        def _save(self, trainer, name):
-            super()._save(trainer, name)
-            seen.append([event.step for event in events(tmp_path).Scalars("train/nll")])
+    class Logger(TensorBoardLogger):
+        def log_metrics(self, metrics, step=None):
+            happened.extend(["logged"] if "train/nll" in metrics else [])
+            super().log_metrics(metrics, step)
 
-    run(model_dir, rows_file, tmp_path, Look(1, save_best=False), logger=logger(tmp_path))
-    assert seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+        def save(self):
+            happened.append("flushed")
+            super().save()
+
+    def named(source, target):
+        happened.append("named")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", named)
+    spy = Logger(str(tmp_path), name="tensorboard", version="")
+    run(model_dir, rows_file, tmp_path, Checkpoints(1, save_best=False), logger=spy, log_every_n_steps=1)
+    assert happened.count("named") == 4
+    for place in [index for index, what in enumerate(happened) if what == "named"]:
+        assert happened[place - 2 : place] == ["logged", "flushed"]
 
 
 def test_dropout_goes_on_where_it_was(model_dir, rows_file, tmp_path):
