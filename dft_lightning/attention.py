@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: What is in the name of an implementation that is told where documents begin.
 _TOLD = ("flash", "varlen")
+_KNOWN = ("varlen", "sdpa", "eager", "flash_attention_2")
 #: Lengths of the documents that the proof packs: shorter and longer than a tiny sliding window, and one token.
 _PROOF = (7, 1, 12, 5)
 
@@ -76,8 +77,9 @@ def check_borders(decoder: Any, vocabulary: int) -> None:
     if not apart <= _eps(decoder) ** 0.5:
         raise UserError(
             f"data.packing: attention {implementation_of(decoder)!r} of {type(decoder).__name__} lets packed sequences "
-            f"see each other (their hidden states are off by {apart:.1%}): set --model.attn_implementation to another "
-            "(sdpa, eager, flash_attention_2), or --data.packing to false"
+            f"see each other (their hidden states are off by {apart:.1%}): set --model.attn_implementation to "
+            f"another of {', '.join(name for name in _KNOWN if name != implementation_of(decoder))}, or --data.packing "
+            "to false"
         )
 
 

@@ -29,7 +29,7 @@ from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
-from dft_lightning.resume import Change, age, changes, options_of, refuse
+from dft_lightning.resume import Change, age, identity_by_options, refuse
 from dft_lightning.weighting import TokenWeighting
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -168,11 +168,11 @@ class CommandLine(LightningCLI):
         """A run goes on in its folder as what it was, unless the user asks for something else."""
         if not self._stored:
             return
-        now = options_of(self.model.hparams)
+        now = identity_by_options(self.model.hparams)
         self.model.allow_changes = frozenset(self._get(self.config, "allow_changes"))
         if self.subcommand != "fit":  # another weighting may look at the model, but its tensors have to fit
             now = {"lora": now["lora"]}
-        refuse(changes(options_of(self._stored), now), self.model.allow_changes)
+        refuse(identity_by_options(self._stored), now, self.model.allow_changes)
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
@@ -192,9 +192,9 @@ class CommandLine(LightningCLI):
         return super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
 
     def _logger(self) -> TensorBoardLogger:
-        """TensorBoard's events, without those that are later than the checkpoint."""
-        purge: Any = {"purge_step": self._step + 1} if self._step else {}
-        return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **purge)
+        """TensorBoard's events, without those of a run that was not gone on with, or later than the checkpoint."""
+        later: Any = {"purge_step": self._step + 1 if self._stored else 0}
+        return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **later)
 
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
@@ -246,7 +246,7 @@ def _read(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], int]:
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         options, step = dict(stored["hyper_parameters"]), int(stored["global_step"])
-        options_of(options)
+        identity_by_options(options)
     except Exception as error:  # zip, pickle, file system and missing keys have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(

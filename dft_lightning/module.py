@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -145,7 +146,7 @@ class FineTuner(WeightedModule):
         optimizer.step(closure=optimizer_closure)
         done = self.trainer.global_step + 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where Lightning starts
-        due = done % every == 0 or done == self.total_steps
+        due = every and (done % every == 0 or done == self.total_steps)
         self._record(
             "train", self.step.close(optimizer), done if due else None, {"objective", "nll", "tokens_per_second"}
         )
@@ -161,7 +162,7 @@ class FineTuner(WeightedModule):
             raise UserError(
                 f"stopped at step {self.trainer.global_step}: {self.step.skipped.in_a_row} steps in a row without a "
                 "finite loss and gradient (model.max_skipped_steps). Their rows are in skipped_steps.jsonl, the state "
-                "in checkpoints/stopped.ckpt; last.ckpt is from before. Lower the learning rate, or look at the rows"
+                "in checkpoints/stopped.ckpt; a last.ckpt is from before. Lower the learning rate, or look at the rows"
             )
 
     def on_fit_start(self) -> None:
@@ -180,30 +181,31 @@ class FineTuner(WeightedModule):
 
     def on_train_start(self) -> None:
         """After a resume: the run's own learning rate and other settings are in force, and what has changed is said."""
-        if self._then is None:
+        self.step.skipped.forget_later(self.trainer)
+        if self._resumed is None:
             return
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)
-        now = {"steps": self.total_steps, "seed": self.seed}
-        then = {"steps": self._then["total_steps"], "seed": self._then["seed"]}
-        changed += [f"{what} {change}" for what, change in resume.changes(then, now).items()]
+        others = resume.changes(self._resumed["settings"], resume.settings_of(self))
+        changed += [f"{what} {change}" for what, change in others.items()]
         if changed:
             rank_zero_info(f"Going on with other settings than the checkpoint's: {', '.join(changed)}")
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of tokens/s."""
-        self.step.began()
+        self.step.start_clock()
 
     def on_validation_end(self) -> None:
         """Keep validation out of the next step's tokens/s."""
-        self.step.began()
+        self.step.start_clock()
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""
         optimizer = self.optimizer([parameter for parameter in self._network.parameters() if parameter.requires_grad])
-        if self._then is not None:
-            kind = {"optimizer": type(optimizer).__qualname__}
-            resume.refuse(resume.changes({"optimizer": self._then["optimizer"]}, kind))
+        if self._resumed is not None:
+            then, now = self._resumed["optimizer"], type(optimizer).__qualname__
+            resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
+        _refuse_fused_scaling(self.trainer, optimizer)
         total = self.total_steps
         scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
         self._settings = settings(optimizer)
@@ -212,25 +214,35 @@ class FineTuner(WeightedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what makes this run what it is."""
         if self.trainer.optimizers:
-            checkpoint[resume.KEY] = resume.facts_of(self)
+            checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; see `allow_changes`."""
         self.is_initial = False
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        if resume.KEY not in checkpoint:
+        if resume.CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by a training run of dft-lightning: start a new run")
-        facts = checkpoint[resume.KEY]
-        now = resume.options_of(self.hparams) | resume.contents_of(self)
-        resume.refuse(resume.changes(facts["options"] | facts["contents"], now), self.allow_changes)
+        facts = checkpoint[resume.CHECKPOINT_KEY]
+        resume.refuse(facts["identity"], resume.identity(self), self.allow_changes)
+        resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
         self.step.skipped.load(facts["skipped"])
-        self._then = facts
+        self._resumed = facts
 
 
 def _revived(value: Any, build: Callable[[Mapping[str, Any]], Any]) -> Any:
     return build(value) if isinstance(value, Mapping) else value
+
+
+def _refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Lightning leaves unscaling to such an optimizer, so that its gradients would be clipped as they are scaled."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
+            "late for clipping and logging: set fused to false, or take bf16"
+        )
 
 
 def _refuse(module: FineTuner) -> None:

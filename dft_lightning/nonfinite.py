@@ -49,8 +49,19 @@ class SkippedSteps:
 
     @property
     def too_many(self) -> bool:
-        """Whether the run is to end."""
-        return self.in_a_row >= self.limit
+        """Whether the run is to end, after the present step."""
+        return self.this_one and self.in_a_row >= self.limit
+
+    def forget_later(self, trainer: "pl.Trainer") -> None:
+        """Take out of the file what an earlier process has named of steps that are yet to come."""
+        path = self._file(trainer)
+        if trainer.is_global_zero and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] < trainer.global_step))
+
+    @staticmethod
+    def _file(trainer: "pl.Trainer") -> Path:
+        return Path(trainer.default_root_dir) / "skipped_steps.jsonl"
 
     def _report(self, trainer: "pl.Trainer", facts: dict[str, float]) -> None:
         mine = [torch.cat(parts).cpu().tolist() for parts in (self._rows, self._bad)]
@@ -63,7 +74,7 @@ class SkippedSteps:
         origin = getattr(getattr(trainer, "datamodule", None), "origin", {}).get("train")
         rows, bad = (sorted({row for part in every for row in part[which] if row >= 0}) for which in (0, 1))
         named = [[int(row if origin is None else origin[row]) for row in some] for some in (rows, bad)]
-        path = Path(trainer.default_root_dir) / "skipped_steps.jsonl"
+        path = self._file(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": trainer.global_step, **{key: repr(value) for key, value in facts.items()}}
         with path.open("a") as file:

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.errors import UserError
+from dft_lightning.weighting.proof import fingerprint
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -14,49 +16,67 @@ if TYPE_CHECKING:
 Change = Literal["model", "tokenizer", "data", "weighting", "normalize"]
 """What `allow_changes` can name: a run may go on with another one of these if its user says so."""
 
-KEY = "dft_lightning"
+CHECKPOINT_KEY = "dft_lightning"
 """Where a checkpoint holds the facts below."""
+
+Identity = dict[str, dict[str, Any]]
+"""By kind (a `Change`, or what can never change), what it consists of."""
 
 _OF_THE_VERSION = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
-def options_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options of a `FineTuner` say that it optimises."""
+def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
+    """What the options of a `FineTuner` say that it optimises; known before anything is loaded."""
     return {
-        "model": hparams["model_name"],
-        "weighting": hparams["weighting"],
-        "normalize": hparams["normalize"],
-        "lora": hparams["lora"],
-        "tokenizer": hparams["tokenizer_name"],
-        "tokenizer (chat template)": hparams["chat_template"],
+        "model": {"name": _place(hparams["model_name"])},
+        "weighting": {"": hparams["weighting"]},
+        "normalize": {"": hparams["normalize"]},
+        "lora": {"": hparams["lora"]},
+        "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
 
 
-def contents_of(module: "FineTuner") -> dict[str, str]:
-    """sha256 of what those names stand for: they may hold something else by now."""
+def identity(module: "FineTuner") -> Identity:
+    """That, and sha256 of what the names stand for: they may hold something else by now."""
     assert module.network is not None
     config = {key: value for key, value in module.network.base.config.to_dict().items() if key not in _OF_THE_VERSION}
     tokenizer = module.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # not there where the tokenizer is slow
     # truncation and padding, which stand before the added tokens, are left there by whoever called it last
     vocabulary = backend.to_str().partition('"added_tokens"')[2] if backend else tokenizer.get_vocab()
+    found = identity_by_options(module.hparams)
+    found["model"]["architecture"] = _sha256(json.dumps(config, sort_keys=True, default=str))
+    found["tokenizer"]["content"] = _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]))
+    found["weighting"]["content"] = fingerprint(module.weighting)
+    found["data"] = getattr(getattr(module.trainer, "datamodule", None), "identity", dict)()
+    return found
+
+
+def settings_of(module: "FineTuner") -> dict[str, Any]:
+    """What may change between two parts of a run, and is said."""
+    trainer, network = module.trainer, module.network
+    assert network is not None
     return {
-        "model (architecture)": _sha256(json.dumps(config, sort_keys=True, default=str)),
-        "tokenizer (content)": _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template])),
+        "steps": module.total_steps,
+        "seed": module.seed,
+        "lr_schedule": module.lr_schedule,
+        "warmup_ratio": module.warmup_ratio,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        "precision": str(trainer.precision),
+        "dtype": str(network.base.dtype),
     }
 
 
 def facts_of(module: "FineTuner") -> dict[str, Any]:
     """What a checkpoint keeps."""
     return {
-        "options": options_of(module.hparams),
-        "contents": contents_of(module),
+        "identity": identity(module),
+        "settings": settings_of(module),
         "optimizer": type(module.trainer.optimizers[0]).__qualname__,
         "reference": module.reference_weights,
         "skipped": module.step.skipped.state(),
-        "seed": module.seed,
         "micro_batches": module.trainer.accumulate_grad_batches,
-        "total_steps": module.total_steps,
         "saved_at": time.time(),
     }
 
@@ -67,26 +87,35 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     return {what: f"{_short(old)} → {_short(new)}" for what, (old, new) in pairs.items() if old != new}
 
 
-def refuse(differences: Mapping[str, str], allowed: frozenset[str] = frozenset()) -> None:
-    """Raise a `UserError` that names all differences that are not `allowed`."""
-    left = {what: change for what, change in differences.items() if what.split(" ")[0] not in allowed}
-    if not left:
+def refuse(then: Mapping[str, Mapping[str, Any]], now: Identity, allowed: Iterable[str] = ()) -> None:
+    """Raise a `UserError` that names all differences of kinds that are not `allowed`."""
+    found = {kind: changes(then.get(kind, {}), parts) for kind, parts in now.items() if kind not in allowed}
+    found = {kind: differences for kind, differences in found.items() if differences}
+    if not found:
         return
-    kinds = sorted({what.split(" ")[0] for what in left})
-    listed = "; ".join(f"{what}: {change}" for what, change in left.items())
-    if {"lora", "optimizer"} & set(kinds):
+    listed = "; ".join(
+        f"{kind} ({part}): {change}" if part else f"{kind}: {change}"
+        for kind, differences in found.items()
+        for part, change in differences.items()
+    )
+    if {"lora", "optimizer", "shapes"} & found.keys():
         way = "its state does not fit these options: give the same ones"
     else:
-        way = f"go on all the same with --allow_changes '[{', '.join(kinds)}]'"
+        way = f"go on all the same with --allow_changes '[{', '.join(sorted({*found, *allowed}))}]'"
     raise UserError(
         f"the checkpoint is of a run with other options ({listed}): choose another --run_dir, start anew with "
         f"--overwrite true, or a new run from its exported model; {way}"
     )
 
 
+def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of each tensor, for `refuse`."""
+    return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
+
+
 def rescale_progress(checkpoint: dict[str, Any], micro_batches: int) -> None:
     """Let Lightning's counters of micro-batches fit another number of them in each step."""
-    before = checkpoint[KEY]["micro_batches"]
+    before = checkpoint[CHECKPOINT_KEY]["micro_batches"]
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         short = counts["ready"] - counts["completed"]  # 1 where it was saved at the end of a micro-batch
@@ -100,6 +129,11 @@ def age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} seconds"
+
+
+def _place(name: str | None) -> str | None:
+    """One name for a folder, however it is reached."""
+    return os.path.realpath(name) if name is not None and os.path.exists(name) else name
 
 
 def _short(value: Any) -> str:

@@ -30,7 +30,7 @@ Reference = Literal["auto", "cache", "adapter_off"]
 
 
 class WeightedModule(pl.LightningModule):
-    """What `FineTuner` does without training; it holds the options, too."""
+    """The part of `FineTuner` that needs no training: it loads the model, and scores batches under the weighting."""
 
     source: ModelSource
     weighting: TokenWeighting
@@ -53,7 +53,7 @@ class WeightedModule(pl.LightningModule):
         """What may differ from the checkpoint that a run goes on from: see `resume.Change`."""
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
-        self._then: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
+        self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
         self._validated: list[tuple[TokenStats, Tensor | None, Tensor, int]] = []
 
     @property
@@ -170,7 +170,7 @@ class WeightedModule(pl.LightningModule):
         fitting = self.trainer.state.fn == "fit"
         for name, value in values.items():  # equal on all ranks: summed over them before
             self.log(f"{stage}/{name}", value.to(torch.float32), prog_bar=name in on_bar, logger=not fitting)
-        if step is not None and fitting:
+        if step is not None and fitting and not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics({f"{stage}/{name}": float(value) for name, value in values.items()}, step)
 
@@ -189,12 +189,10 @@ class WeightedModule(pl.LightningModule):
 
     def set_reference(self, weights: str) -> None:
         """Take note of the sha256 of the reference model; refused where the run had another one before."""
-        then = None if self._then is None else self._then["reference"]
+        then = None if self._resumed is None else self._resumed["reference"]
         if then is not None:
-            resume.refuse(
-                resume.changes({"model (reference weights)": then}, {"model (reference weights)": weights}),
-                self.allow_changes,
-            )
+            before, now = ({"model": {"reference weights": which}} for which in (then, weights))
+            resume.refuse(before, now, self.allow_changes)
         self.reference_weights = weights
 
     def _prepare_reference(self, stages: list[str]) -> None:
@@ -232,10 +230,10 @@ class WeightedModule(pl.LightningModule):
         self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 
-    def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", TokenStats]:
-        """The batch and the statistics of its tokens; weights of step scope are not known here, and NaN."""
+    def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", dict[str, Tensor]]:
+        """The batch and the statistics of its tokens by name; weights of step scope are not known here, and NaN."""
         wanted = frozenset({"entropy", "rank"})
-        if self.weighting.scope == "step":
-            tokens = self._unweighted(batch, wanted)
-            return batch, replace(tokens, sequence=batch.sequence, weight=torch.full_like(tokens.logp, float("nan")))
-        return batch, self.score(batch, wanted)[1]
+        if self.weighting.scope != "step":
+            return batch, self.score(batch, wanted)[1].tensors()
+        tokens = replace(self._unweighted(batch, wanted), sequence=batch.sequence)
+        return batch, replace(tokens, weight=torch.full_like(tokens.logp, torch.nan)).tensors()

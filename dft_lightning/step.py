@@ -30,9 +30,9 @@ class StepInTheMaking:
         self.normalize, self.skipped = normalize, SkippedSteps(max_skipped)
         self._sums: Tensor | None = None
         self._norm = torch.zeros(())
-        self.began()
+        self.start_clock()
 
-    def began(self) -> None:
+    def start_clock(self) -> None:
         """Start the clock of tokens/s."""
         self._since = perf_counter()
 
@@ -62,8 +62,10 @@ class StepInTheMaking:
         assert self._sums is not None
         given = [parameter for parameter in parameters if parameter.grad is not None]
         by_norm = bool(value) and algorithm in (None, "norm")
-        self._norm = torch.nn.utils.clip_grad_norm_(given, value if by_norm and value else float("inf"))
-        if value and not by_norm:
+        self._norm = _norm([cast(Tensor, parameter.grad) for parameter in given])
+        if value and by_norm:
+            torch.nn.utils.clip_grads_with_norm_(given, value, self._norm)
+        elif value:
             torch.nn.utils.clip_grad_value_(given, value)
         loss = token_means(self._sums)["objective"]
         finite = bool(torch.isfinite(self._norm) & torch.isfinite(loss))
@@ -82,5 +84,14 @@ class StepInTheMaking:
         if self.skipped.this_one:
             values = {name: value for name, value in values.items() if bool(torch.isfinite(value))}
         self._sums = None
-        self.began()
+        self.start_clock()
         return values | {"skipped_steps": torch.tensor(float(self.skipped.total))}
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Their common L2 norm, (), in at least float32, whatever their own precision."""
+    if not gradients:
+        return torch.zeros(())
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))
+    return norm

@@ -30,14 +30,11 @@ def weigh_together(weighting: TokenWeighting, parts: Sequence[TokenStats], ranks
         ranks: how many processes take part; all of them have to call this.
     """
     mine = TokenStats.concatenate(parts)
-    whole = mine if ranks == 1 else _gathered(mine)
+    whole, start = (mine, 0) if ranks == 1 else _gathered(mine)
     order = _order(whole)
     weights = torch.empty_like(whole.logp)
     weights[order] = checked_weights(weighting, whole[order])
-    if ranks > 1:  # the ranks' tokens lie one after another
-        start = sum(_counts(len(mine), mine.logp.device)[: torch.distributed.get_rank()])
-        weights = weights[start : start + len(mine)]
-    return list(torch.split(weights, [len(part) for part in parts]))
+    return list(torch.split(weights[start : start + len(mine)], [len(part) for part in parts]))
 
 
 def _order(tokens: TokenStats) -> Tensor:
@@ -46,15 +43,10 @@ def _order(tokens: TokenStats) -> Tensor:
     return by_position[torch.argsort(tokens.sequence[by_position], stable=True)]
 
 
-def _counts(count: int, device: torch.device) -> list[int]:
+def _gathered(tokens: TokenStats) -> tuple[TokenStats, int]:
+    """The tokens of all ranks, which may have unequally many, in order of rank; and where this rank's begin."""
     from torchmetrics.utilities.distributed import gather_all_tensors
 
-    return [int(part) for part in gather_all_tensors(torch.tensor(count, device=device))]
-
-
-def _gathered(tokens: TokenStats) -> TokenStats:
-    """The tokens of all ranks, which may have unequally many, in order of rank."""
-    from torchmetrics.utilities.distributed import gather_all_tensors
-
-    joined: dict[str, Any] = {name: torch.cat(gather_all_tensors(value)) for name, value in tokens.tensors().items()}
-    return replace(tokens, **joined)
+    each = {name: gather_all_tensors(value) for name, value in tokens.tensors().items()}
+    joined: dict[str, Any] = {name: torch.cat(values) for name, values in each.items()}
+    return replace(tokens, **joined), sum(map(len, each["logp"][: torch.distributed.get_rank()]))

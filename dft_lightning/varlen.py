@@ -43,7 +43,7 @@ def attend(
 
     Without borders each row (B of them) is a document. The arguments are those that transformers hands over.
     """
-    if mask is not None or softcap is not None or query.shape[2] != key.shape[2] or getattr(module, "sinks", None):
+    if mask is not None or softcap is not None or query.shape[2] != key.shape[2] or hasattr(module, "sinks"):
         raise UserError(
             "attention 'varlen' reads whole documents, without mask, soft-cap, sinks and cache: set "
             "--model.attn_implementation to another (sdpa, eager)"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -240,10 +241,33 @@ class TestFit:
         assert "rows of 400 tokens" in said
         assert re.search(r"\d\d\.\d% of their positions hold a token", said)
 
+    def test_another_formula_under_the_same_name_is_refused(self, dft, here, capsys):
+        assert dft("fit", "--model.weighting", f"{here}.Confident") == 0
+        other = Path(f"{here}.py").read_text().replace("tokens.p**self.power", "1 - tokens.p**self.power")
+        Path(f"{here}.py").write_text(other)
+        sys.modules.pop(here)
+        options = ("--model.weighting", f"{here}.Confident", "--trainer.max_epochs", "2")
+        fails(lambda: dft("fit", *options), capsys, "weighting (content)", "--allow_changes '[weighting]'")
+
+    def test_a_start_from_nothing_leaves_no_events_of_one_that_came_to_nothing(self, dft):
+        """It was killed before its first checkpoint."""
+        assert dft("fit", "--model.weighting", "DFT") == 0
+        shutil.rmtree("run/checkpoints")
+        Path("run/skipped_steps.jsonl").write_text('{"step": 0}\n')
+        assert dft("fit", "--model.weighting", "DFT", "--trainer.max_steps", "2") == 0
+        found = EventAccumulator("run/tensorboard", size_guidance={"scalars": 0}).Reload()
+        assert [event.step for event in found.Scalars("train/nll")] == [1, 2]
+        assert [event.step for event in found.Scalars("probe/nll")] == [0, 2]
+        assert Path("run/skipped_steps.jsonl").read_text() == ""
+
+    def test_logging_can_be_off(self, dft):
+        assert dft("fit", "--model.weighting", "DFT", "--trainer.log_every_n_steps", "0") == 0
+        assert "train/nll" not in scalars("run")
+
     def test_other_data_in_the_same_folder_is_refused(self, dft, capsys, tmp_path):
         assert dft("fit", "--model.weighting", "DFT") == 0
         write_jsonl(tmp_path / "others.jsonl", sums(32, seed=9))
-        fails(lambda: dft("fit", "--model.weighting", "DFT", "--data.path", "others.jsonl"), capsys, "training rows")
+        fails(lambda: dft("fit", "--model.weighting", "DFT", "--data.path", "others.jsonl"), capsys, "data (rows): ")
 
     def test_the_exported_model_starts_another_run(self, dft):
         assert dft("fit", "--model.weighting", "DFT", "--model.lora.rank", "2", "--export.merge_lora", "true") == 0

@@ -124,6 +124,33 @@ def test_the_papers_normaliser_depends_on_the_micro_batch_size(model_dir, rows_f
     assert relative(runs[1].gradients[0], runs[0].gradients[0]) > 1e-2
 
 
+def test_clipping_by_value(model_dir, rows_file):
+    clip = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    plain, clipped = (fit(model_dir, rows_file, max_steps=1, **more)[1] for more in ({}, clip))
+    assert torch.allclose(clipped.gradients[0], plain.gradients[0].clamp(-1e-3, 1e-3))
+    assert clipped.logged[0]["train/grad_norm"] == plain.logged[0]["train/grad_norm"]
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_norm_is_that_of_float64_whatever_the_precision(model_dir, rows_file, clip):
+    """A norm in bfloat16 would be off by up to 2⁻⁹, and so would everything that is clipped by it."""
+    runs = [
+        fit(model_dir, rows_file, max_steps=1, precision="bf16-true", gradient_clip_val=value)[1]
+        for value in (None, clip)
+    ]
+    norm = float(runs[0].gradients[0].norm())
+    assert runs[1].logged[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
+    if clip:  # each entry is rounded, their norm is not
+        assert float(runs[1].gradients[0].norm()) == pytest.approx(clip, rel=2e-4)
+
+
+def test_fast_dev_run_does_whole_steps(model_dir, rows_file):
+    _, recorder, trainer = fit(model_dir, rows_file, data={"micro_batch_size": 2}, fast_dev_run=2)
+    assert (trainer.global_step, len(recorder.gradients)) == (2, 2)
+    truth = fit(model_dir, rows_file, data={"micro_batch_size": 8}, max_steps=1)[1]
+    assert relative(recorder.gradients[0], truth.gradients[0]) < 1e-5
+
+
 def test_every_step_is_logged_with_what_happened(model_dir, rows_file):
     _, recorder, _ = fit(model_dir, rows_file, DFT(0.1))
     assert len(recorder.logged) == 4
@@ -330,6 +357,9 @@ class TestRefusals:
             ({"module": {"lr_schedule": "zigzag"}}, "model.lr_schedule is 'zigzag'"),
             ({"max_epochs": -1}, "the run has no end"),
             ({"gradient_clip_val": -1.0}, "expected 0 or more"),
+            ({"limit_train_batches": 3}, "would cut optimizer steps: use data.num_samples, or trainer.max_steps"),
+            ({"overfit_batches": 2}, "would cut optimizer steps"),
+            ({"val_check_interval": "00:00:00:05"}, "val_check_interval is a time"),
             ({"val_check_interval": 1000}, "is 1000 optimizer steps, an epoch has 4"),
             ({"data": {"num_workers": -1}}, "data.num_workers is -1"),
             ({"data": {"packing": "yes"}}, "data.packing is 'yes'; expected true, false or padding_free"),

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import sums, tiny_model, write_jsonl
+from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from harness import events, fit, logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from dft_lightning.callbacks import Checkpoints
 from dft_lightning.errors import UserError
@@ -143,6 +145,106 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(model_dir, rows_file, t
     assert stopped["dft_lightning"]["skipped"] == {"total": 3, "in_a_row": 3}
     for name, value in last["state_dict"].items():
         assert torch.equal(value.nan_to_num(), stopped["state_dict"][name].nan_to_num()), name
+
+
+def test_its_checkpoint_can_be_gone_on_with(poisoned, tmp_path):
+    """Once what was wrong is mended; with several micro-batches a step, the first of which knows nothing yet."""
+    model, rows = poisoned
+    options = {
+        "module": ADAM | {"max_skipped_steps": 1},
+        "enable_checkpointing": True,
+        "default_root_dir": tmp_path,
+        "recorder": False,
+    }
+    with pytest.raises(UserError, match="stopped at step 2"):
+        fit(model, rows, DFT(), data=DATA, callbacks=[Checkpoints(1)], **options)
+    healthy = tiny_model()
+    state = torch.load(tmp_path / "checkpoints" / "stopped.ckpt", weights_only=True)
+    embedding = "network.model.model.embed_tokens.weight"
+    state["state_dict"][embedding] = state["state_dict"][embedding].nan_to_num()
+    torch.save(state, tmp_path / "mended.ckpt")
+    healthy.save_pretrained(model)
+    _, _, trainer = fit(
+        model, rows, DFT(), data=DATA, callbacks=[Checkpoints(1)], ckpt_path=tmp_path / "mended.ckpt", **options
+    )
+    assert trainer.global_step == 4
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_good_step(poisoned, tmp_path):
+    model, rows = poisoned
+    saved = []
+
+    class Spy(Checkpoints):
+        def _save(self, trainer, name):
+            saved.append(trainer.global_step)
+            super()._save(trainer, name)
+
+    fit(
+        model,
+        rows,
+        DFT(),
+        module=ADAM,
+        data=DATA,
+        callbacks=[Spy(2, save_best=False)],
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+        recorder=False,
+    )
+    assert saved == [3, 4]
+
+
+def test_a_loss_that_is_not_finite_is_enough(rows_file, tmp_path):
+    """A token with p = 0: DFT's gradient is 0 there, its loss 0 times infinity."""
+    tiny_model("phi").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    class Forbid(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.model.lm_head.bias[1] = float("-inf")  # the stop token, which ends every row
+
+    options = {"callbacks": [Forbid()], "default_root_dir": tmp_path, "recorder": False}
+    module, _, trainer = fit(tmp_path / "model", rows_file, DFT(), **options)
+    assert module.step.skipped.total == trainer.global_step == 4
+    report = json.loads((tmp_path / "skipped_steps.jsonl").read_text().splitlines()[0])
+    assert (report["loss"], report["norm"] != "nan") == ("nan", True)
+
+
+class TestScaler:
+    """16-mixed as on a GPU, by hand: Lightning has no scaler for CPUs."""
+
+    def fit(self, model_dir, rows_file, tmp_path, optimizer=torch.optim.SGD, scale=1024.0, **more):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+        return fit(
+            model_dir,
+            rows_file,
+            DFT(),
+            module={"optimizer": lambda p: optimizer(p, lr=0.01), "warmup_ratio": 0.0},
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+            data={"micro_batch_size": 4},
+            gradient_clip_val=0.05,
+            default_root_dir=tmp_path,
+            **more,
+        )
+
+    def test_the_gradient_is_that_without_a_scaler(self, model_dir, rows_file, tmp_path):
+        """float16 keeps 11 bits: some 2⁻¹¹·√10 for two layers; a scale that stays in would be 1024 times."""
+        exact = fit(model_dir, rows_file, DFT(), gradient_clip_val=0.05, module={"warmup_ratio": 0.0}, max_steps=1)[1]
+        scaled = self.fit(model_dir, rows_file, tmp_path, max_steps=1)[1]
+        assert scaled.logged[0]["train/grad_norm"] == pytest.approx(exact.logged[0]["train/grad_norm"], rel=2**-9)
+        assert (scaled.gradients[0] - exact.gradients[0]).norm() < 2**-8 * exact.gradients[0].norm()
+
+    def test_an_overflow_is_a_skipped_step_and_lowers_the_scale(self, model_dir, rows_file, tmp_path):
+        module, _, trainer = self.fit(model_dir, rows_file, tmp_path, scale=2.0**30, max_steps=4, recorder=False)
+        assert 0 < module.step.skipped.total <= 4
+        assert trainer.precision_plugin.scaler.get_scale() == 2.0 ** (30 - module.step.skipped.total)
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert schedule.last_epoch == 4 - module.step.skipped.total
+
+    def test_a_fused_optimizer_is_refused(self, model_dir, rows_file, tmp_path):
+        with pytest.raises(UserError, match="set fused to false, or take bf16"):
+            self.fit(model_dir, rows_file, tmp_path, optimizer=partial(torch.optim.AdamW, fused=True))
 
 
 def test_a_finite_step_in_between_starts_the_count_anew(poisoned, tmp_path):

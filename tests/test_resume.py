@@ -7,7 +7,7 @@ import shutil
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import CHATML, sums, write_jsonl
+from conftest import CHATML, sums, tiny_model, tiny_tokenizer, write_jsonl
 from harness import fit
 
 from dft_lightning.callbacks import Checkpoints
@@ -114,6 +114,32 @@ def test_an_early_end_waits_for_the_step_and_is_gone_on_from_exactly(model_dir, 
         assert torch.equal(ours, truth)
 
 
+def test_a_second_fit_after_an_early_end_goes_on_to_its_own(model_dir, rows_file, tmp_path):
+    finetuner, _, trainer = run(model_dir, rows_file, tmp_path, callbacks=[StopAt(3)])
+    assert trainer.global_step == 2
+    trainer.should_stop = False
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(finetuner, trainer.datamodule)
+    assert trainer.global_step > 4
+
+
+def test_a_wish_to_stop_that_is_not_granted_saves_nothing(model_dir, rows_file, tmp_path):
+    """Before min_epochs it is not."""
+    wish = StopAt(1)
+    run(model_dir, rows_file, tmp_path, every=100, callbacks=[wish], min_epochs=2, max_epochs=2, max_steps=3)
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3
+    saved = []
+
+    class Spy(Checkpoints):
+        def _save(self, trainer, name):
+            saved.append(trainer.global_step)
+            super()._save(trainer, name)
+
+    more = {"min_epochs": 2, "max_epochs": 2, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    fit(model_dir, rows_file, data={"micro_batch_size": 4}, callbacks=[StopAt(1), Spy(100)], **more)
+    assert saved == [8]
+
+
 def change_tokenizer(folder):
     path = folder / "chat_template.jinja"
     assert path.exists()
@@ -133,8 +159,8 @@ class TestAnotherRun:
             ({"weighting": Uniform()}, r"weighting: DFT\(floor=0.0\) → Uniform\(\)", "weighting"),
             ({"module": {"normalize": "sequences"}}, "normalize: tokens → sequences", "normalize"),
             ({"module": {"chat_template": "chatml"}}, r"tokenizer \(chat template\): None → chatml", "tokenizer"),
-            ({"data": {"seed": 1}}, r"data \(data.seed\): 0 → 1", "data"),
-            ({"data": {"global_batch_size": 4}}, r"data \(data.global_batch_size\): 8 → 4", "data"),
+            ({"data": {"seed": 1}}, r"data \(seed\): 0 → 1", "data"),
+            ({"data": {"global_batch_size": 4}}, r"data \(global_batch_size\): 8 → 4", "data"),
         ],
     )
     def test_is_refused_by_name_unless_that_is_allowed(
@@ -152,7 +178,7 @@ class TestAnotherRun:
 
     def test_other_rows_in_the_same_file(self, model_dir, rows_file, tmp_path, stopped):
         write_jsonl(rows_file, sums(26, seed=3))
-        with pytest.raises(UserError, match=r"data \(training rows\): \w+… → \w+…"):
+        with pytest.raises(UserError, match=r"data \(rows\): \w+… → \w+…"):
             run(model_dir, rows_file, tmp_path, ckpt_path=stopped)
 
     @pytest.mark.parametrize(
@@ -194,6 +220,22 @@ class TestAnotherRun:
         with pytest.raises(UserError, match=f"{named}.*its state does not fit"):
             run(model_dir, rows_file, tmp_path, ckpt_path=stopped, module=change, allow_changes=everything)
 
+    def test_tensors_that_do_not_fit(self, rows_file, tmp_path, stopped):
+        tiny_model(hidden_size=16).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        with pytest.raises(UserError, match=r"shapes \(network.model.*its state does not fit") as caught:
+            run(tmp_path / "model", rows_file, tmp_path, ckpt_path=stopped, allow_changes=frozenset({"model"}))
+        assert len(str(caught.value)) < 2000
+
+    def test_every_difference_is_named_at_once(self, model_dir, rows_file, tmp_path, stopped):
+        change = {"module": {"chat_template": "chatml", "normalize": "sequences"}, "data": {"seed": 1}}
+        with pytest.raises(UserError, match=r"--allow_changes '\[data, normalize, tokenizer\]'"):
+            run(model_dir, rows_file, tmp_path, ckpt_path=stopped, **change)
+
+    def test_the_same_folder_by_another_path_is_the_same(self, model_dir, rows_file, tmp_path, stopped):
+        (tmp_path / "link").symlink_to(model_dir)
+        run(tmp_path / "link", rows_file, tmp_path, ckpt_path=stopped)
+
     def test_a_checkpoint_of_something_else(self, model_dir, rows_file, tmp_path, stopped):
         checkpoint = torch.load(stopped, weights_only=True)
         del checkpoint["dft_lightning"]
@@ -228,6 +270,22 @@ class TestSettings:
         )
         assert trainer.optimizers[0].param_groups[0]["betas"] == (0.9, 0.999)
         assert "betas (0.9, 0.95) → (0.9, 0.999)" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("then", "now", "said"),
+        [
+            ({"module": {"lr_schedule": "linear"}}, {}, "lr_schedule linear → constant"),
+            ({}, {"module": {"warmup_ratio": 0.5}}, "warmup_ratio 0.0 → 0.5"),
+            ({}, {"gradient_clip_val": 0.01}, "gradient_clip_val None → 0.01"),
+            ({}, {"precision": "bf16-true"}, "precision 32-true → bf16-true, dtype torch.float32 → torch.bfloat16"),
+        ],
+    )
+    def test_whatever_changes_the_rest_of_the_run_is_said(
+        self, model_dir, rows_file, tmp_path, caplog, then, now, said
+    ):
+        run(model_dir, rows_file, tmp_path, max_steps=2, **then)
+        run(model_dir, rows_file, tmp_path, ckpt_path=last(tmp_path), **now)
+        assert said in caplog.text
 
     def test_nothing_is_said_where_nothing_changed(self, model_dir, rows_file, tmp_path, caplog):
         run(model_dir, rows_file, tmp_path)

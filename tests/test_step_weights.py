@@ -95,15 +95,25 @@ def test_the_weights_are_those_of_the_gradient_pass_with_its_dropout(rows_file, 
     assert not torch.equal(trained[0].logp, trained[4].logp)
 
 
-def test_the_validation_set_is_looked_at_as_one_step(model_dir, rows_file, tmp_path):
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_the_validation_set_is_looked_at_as_one_step(model_dir, rows_file, tmp_path, normalize):
     val = write_jsonl(tmp_path / "val.jsonl", sums(9, seed=5))
     logged = []
     for micro in (9, 2):
         data = {"val_path": str(val), "micro_batch_size": micro}
-        _, _, trainer = fit(model_dir, rows_file, Share(), data=data, max_steps=1, val_check_interval=1)
+        _, _, trainer = fit(
+            model_dir, rows_file, Share(), module={"normalize": normalize}, data=data, max_steps=1, val_check_interval=1
+        )
         logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
     assert logged[0]["val/weight_mean"] == pytest.approx(1.0, rel=1e-6)
     assert logged[0]["val/effective_sample_size"] < 0.9
+    seen, weights = max(SEEN, key=lambda pair: len(pair[0]) * (pair[0].sequence.max() < 9))  # that of the validation
+    loss = weights * -seen.logp
+    if normalize == "tokens":
+        assert logged[0]["val/objective"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    else:
+        means = [float(loss[seen.sequence == row].mean()) for row in range(9)]
+        assert logged[0]["val/objective"] == pytest.approx(sum(means) / 9, rel=1e-5)
     for name, value in logged[0].items():
         assert logged[1][name] == pytest.approx(value, rel=2e-5), name
 

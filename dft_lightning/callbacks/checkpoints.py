@@ -48,13 +48,14 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
         self.best: float | None = None
         self._saved_at = 0
-        self._due = self._stop = False
+        self._due = self._now = self._stop = False
         self._validated_on: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
+        self._due = self._stop = False
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
 
@@ -78,15 +79,16 @@ class Checkpoints(Checkpoint):
             return
         late = time.monotonic() - self._saved_time > 60 * self.every_minutes
         late = trainer.strategy.reduce_boolean_decision(late, all=False)
-        end = step == cast("FineTuner", pl_module).total_steps or trainer.should_stop
-        due = (step % self.every_n_steps == 0 or late) and not skipped.in_a_row
-        self._due = due or end
-        if self._due and not _validates_now(trainer):
+        self._due |= step % self.every_n_steps == 0 or late
+        self._now = (
+            (self._due and not skipped.in_a_row) or _stops(trainer) or step == cast("FineTuner", pl_module).total_steps
+        )
+        if self._now and not _validates_now(trainer):
             self._save(trainer, "last")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save where another callback ends the training now."""
-        if trainer.should_stop and trainer.global_step != self._saved_at:
+        if _stops(trainer) and trainer.global_step != self._saved_at:
             self._save(trainer, "last")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,7 +97,7 @@ class Checkpoints(Checkpoint):
             return
         if self.save_best:
             self._save_best(trainer)
-        if self._due or trainer.should_stop or trainer.global_step == self._saved_at:
+        if self._now or _stops(trainer) or trainer.global_step == self._saved_at:
             self._save(trainer, "last")
 
     def _save_best(self, trainer: pl.Trainer) -> None:
@@ -114,7 +116,8 @@ class Checkpoints(Checkpoint):
         if getattr(trainer, "fast_dev_run", False):
             return
         if name == "last":
-            self._saved_at, self._saved_time, self._due = trainer.global_step, time.monotonic(), False
+            self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
+            self._due = self._now = False
         for logger in trainer.loggers:  # what was logged up to here is not lost with the process
             logger.save()
         folder = checkpoint_folder(trainer.default_root_dir)
@@ -136,6 +139,11 @@ class Checkpoints(Checkpoint):
         self._saved_at = state_dict["saved_at"]
         if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
+
+
+def _stops(trainer: pl.Trainer) -> bool:
+    """Whether a wish to stop is granted: min_epochs and min_steps are met."""
+    return trainer.should_stop and bool(trainer.fit_loop._can_stop_early)
 
 
 def _validates_now(trainer: pl.Trainer) -> bool:

@@ -11,16 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
+    from torch import Tensor
 
     from dft_lightning.data.batch import Batch
-    from dft_lightning.weighting import TokenStats
 
 
 class TokenScores(Callback):
     """Writes `run_dir/predictions/part-<rank>.parquet` as the batches are scored.
 
     Columns: `row` (of the source), `position` (in its response), `token_id`, `token` (its text), `logp` (nats), `p`,
-    `entropy` (nats), `rank` (0: the likeliest), `weight`. Read the folder as one table. It appears when all is written.
+    `entropy` (nats), `rank` (0: the likeliest), `weight` (NaN for one that looks at whole steps: there are none
+    here). Read the folder as one table. It appears when all is written.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class TokenScores(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: "tuple[Batch, TokenStats]",
+        outputs: "tuple[Batch, dict[str, Tensor]]",
         *_: Any,
     ) -> None:
         """Append the batch's tokens; a rank with less to do than others gets empty batches."""
@@ -53,7 +54,7 @@ class TokenScores(Callback):
         import pyarrow.parquet as pq
 
         batch, tokens = outputs
-        if not len(tokens):
+        if not len(tokens["logp"]):
             return
         table = pa.table(_columns(batch, tokens, trainer.datamodule.origin["train"], pl_module.tokenizer))  # type: ignore[attr-defined]
         if self._writer is None:
@@ -71,9 +72,9 @@ class TokenScores(Callback):
         rank_zero_info(f"Token scores written to {self.folder(trainer)}")
 
 
-def _columns(batch: "Batch", tokens: "TokenStats", origin: np.ndarray, tokenizer: Any) -> dict[str, np.ndarray]:
+def _columns(batch: "Batch", tokens: "dict[str, Tensor]", origin: np.ndarray, tokenizer: Any) -> dict[str, np.ndarray]:
     """One value a token."""
-    numbers = {name: value.cpu().numpy() for name, value in tokens.tensors().items()}
+    numbers = {name: value.cpu().numpy() for name, value in tokens.items()}
     ids, which = np.unique(numbers["target"], return_inverse=True)
     rows = batch.row.cpu().numpy()[numbers["sequence"]]
     return {

@@ -8,7 +8,7 @@ from dft_lightning.data.steps import StepSampler, steps_an_epoch
 from dft_lightning.errors import UserError
 
 
-def align(trainer: pl.Trainer, sampler: StepSampler, accumulation: int, interval: int | float | str | None) -> None:
+def align(trainer: pl.Trainer, sampler: StepSampler, accumulation: int, interval: int | float | None) -> None:
     """Set the trainer's accumulation and validation interval.
 
     Args:
@@ -26,6 +26,8 @@ def align(trainer: pl.Trainer, sampler: StepSampler, accumulation: int, interval
             f"{sampler.geometry.global_batch_size}: lower it, or set data.drop_last to false"
         )
     trainer.accumulate_grad_batches = sampler.micro_batches
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # whole steps, of which Lightning does so many
+        trainer.limit_train_batches = sampler.micro_batches * int(trainer.max_steps)
     if isinstance(interval, float) and interval < 1.0:
         interval = max(1, int(interval * sampler.steps))
     if isinstance(interval, int):
@@ -35,6 +37,20 @@ def align(trainer: pl.Trainer, sampler: StepSampler, accumulation: int, interval
                 "set trainer.check_val_every_n_epoch to null to count over epochs"
             )
         trainer.val_check_interval = interval * sampler.micro_batches
+
+
+def refuse_limits(trainer: pl.Trainer) -> None:
+    """Lightning counts these in micro-batches, or in minutes, and would cut optimizer steps to pieces."""
+    limited = trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches  # type: ignore[attr-defined]
+    if limited and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            "trainer.limit_train_batches and trainer.overfit_batches would cut optimizer steps: use data.num_samples, "
+            "or trainer.max_steps"
+        )
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise UserError(
+            "trainer.val_check_interval is a time; expected a number of optimizer steps, or a share of an epoch below 1"
+        )
 
 
 def epochs_of(trainer: pl.Trainer | None, rows: int, options: SimpleNamespace) -> int:

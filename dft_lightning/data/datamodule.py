@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dft_lightning.data.alignment import align, epochs_of, refuse_options, refuse_resampling
+from dft_lightning.data.alignment import align, epochs_of, refuse_limits, refuse_options, refuse_resampling
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.data.packing import Grouping, Layout, Packed, Padded, Row
 from dft_lightning.data.rows import StageRows, split_rows
@@ -17,7 +18,6 @@ from dft_lightning.data.sources import Columns
 from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.errors import UserError
-from dft_lightning.resume import changes, refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ class ChatDataModule(pl.LightningDataModule):
         self._rows_reader: StageRows | None = None
         self._sampler: StepSampler | None = None
         self._resume = {"epoch": 0, "steps": 0}
-        self._given: tuple[int, int | float | str | None] | None = None
+        self._given: tuple[int, int | float | None] | None = None
         refuse_options(self.options)
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -175,6 +175,7 @@ class ChatDataModule(pl.LightningDataModule):
     def _align(self, trainer: pl.Trainer) -> None:
         """Plan the run's steps, and let the trainer count by them."""
         if self._given is None:  # a trainer that fits twice brings what was set here
+            refuse_limits(trainer)
             self._given = trainer.accumulate_grad_batches, trainer.val_check_interval
         self._sampler, self._resume = None, {"epoch": 0, "steps": 0}
         align(trainer, self.sampler(), *self._given)
@@ -266,6 +267,7 @@ class ChatDataModule(pl.LightningDataModule):
             batch_sampler=cast("Sampler[Any]", sampler),
             collate_fn=self._collator(sampler, stage),
             num_workers=workers,
+            generator=torch.Generator(),  # it draws from the global one otherwise
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -283,31 +285,23 @@ class ChatDataModule(pl.LightningDataModule):
         sampler = self.sampler()
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready // sampler.micro_batches
         epoch = self.trainer.current_epoch
-        return {"epoch": epoch + done // sampler.steps, "steps": done % sampler.steps, "data": self._identity()}
+        return {"epoch": epoch + done // sampler.steps, "steps": done % sampler.steps}
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What decides which rows each optimizer step has."""
         options = self.options
         return {
-            "training rows": self._rows("train").fingerprint,
-            "data.global_batch_size": options.global_batch_size,
-            "data.seed": options.seed,
-            "data.shuffle": options.shuffle,
-            "data.drop_last": options.drop_last,
+            "rows": self._rows("train").fingerprint,
+            "global_batch_size": options.global_batch_size,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "drop_last": options.drop_last,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue there; refused where the steps would be others than the checkpoint's.
-
-        Raises:
-            UserError: rows, steps, seed or shuffle differ and the run does not allow another "data"; it names them.
-        """
+        """Continue there; `FineTuner` refuses another `identity`."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        module = None if self.trainer is None else cast("FineTuner", self.trainer.lightning_module)
-        allowed = frozenset() if module is None else module.allow_changes
-        differences = changes(state_dict["data"], self._identity())
-        refuse({f"data ({what})": change for what, change in differences.items()} if "data" not in allowed else {})
         self._resume = {"epoch": state_dict["epoch"], "steps": min(state_dict["steps"], self.sampler().steps)}
 
 

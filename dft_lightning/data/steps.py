@@ -132,6 +132,7 @@ class StepSampler:
         shape, rows = self.geometry, self.rows(epoch, number)
         cut = np.array_split(np.arange(len(rows)), max(shape.rounds(len(rows)), 1) * shape.ranks)
         mine = [[rows[index] for index in part] for part in cut[shape.rank :: shape.ranks]]
+        assert len(mine) <= self.micro_batches, f"epoch {epoch} was not planned for"
         return mine + [[]] * (self.micro_batches - len(mine))
 
     def share_used(self, epoch: int = 0) -> float:

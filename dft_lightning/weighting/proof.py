@@ -4,6 +4,7 @@ The loss head calls a `token` weighting on chunks of arbitrary size and a `seque
 that secretly looks further (a `.mean()` over its input, say) would make the gradient depend on the chunk size.
 """
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,12 @@ def prove(weighting: TokenWeighting) -> None:
             f"{name} declares scope {weighting.scope!r}, but its weight of a token changes with the other tokens it is "
             f"given: declare `scope = {seen!r}`, or make it depend on the token alone"
         )
+
+
+def fingerprint(weighting: TokenWeighting) -> str:
+    """sha256 of the weights of the sample to six digits: another formula has another one, whatever its name."""
+    weights = checked_weights(weighting, _sample(weighting))
+    return hashlib.sha256(" ".join(f"{weight:.5e}" for weight in weights.tolist()).encode()).hexdigest()
 
 
 def _scope_seen(weighting: TokenWeighting, tokens: TokenStats, whole: torch.Tensor) -> Scope:

@@ -104,6 +104,6 @@ def test_a_rank_with_nothing_to_do_in_a_batch(model_dir, tmp_path):
             rank=zeros.long(),
             weight=zeros,
         )
-        scores.on_predict_batch_end(trainer, module, (batch, tokens))
+        scores.on_predict_batch_end(trainer, module, (batch, tokens.tensors()))
     scores.on_predict_end(trainer, module)
     assert pq.read_table(tmp_path / "predictions" / "part-00001.parquet")["row"].to_pylist() == [7, 7]
