@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,19 +16,17 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, TokenProbabilities, TokenScores
-from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
-from dft_lightning.resume import Change, age, identity_by_options, refuse
+from dft_lightning.resume import Change, identity_by_options, refuse
+from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
 from dft_lightning.weighting import TokenWeighting
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -40,17 +37,6 @@ _TRAINER = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-#: What belongs to a run.
-_CONTENTS = (
-    "config.yaml",
-    "tensorboard",
-    "checkpoints",
-    "export",
-    "export-merged",
-    "predictions",
-    "skipped_steps.jsonl",
-)
-_ASIDE = ".overwritten"
 
 
 class Parser(LightningArgumentParser):
@@ -96,13 +82,13 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is in place: what `--overwrite` has set aside can go."""
         if trainer.is_global_zero:
-            shutil.rmtree(Path(trainer.default_root_dir) / _ASIDE, ignore_errors=True)
+            shutil.rmtree(Path(trainer.default_root_dir) / ASIDE, ignore_errors=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A false start: what was set aside comes back."""
         run_dir = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and (run_dir / _ASIDE).exists():
-            _move(run_dir / _ASIDE, run_dir)
+        if trainer.is_global_zero and (run_dir / ASIDE).exists():
+            move_run(run_dir / ASIDE, run_dir)
 
 
 class CommandLine(LightningCLI):
@@ -151,7 +137,7 @@ class CommandLine(LightningCLI):
         anew = self.subcommand == "fit" and config.overwrite and asked in (None, "last")
         config.ckpt_path = None if anew else find_checkpoint(self.run_dir, asked, self.subcommand)
         if config.ckpt_path is not None:
-            self._stored, self._step = _read(config.ckpt_path, self.subcommand)
+            self._stored, self._step = read_checkpoint(config.ckpt_path, self.subcommand)
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
 
@@ -177,7 +163,7 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
         if self.config.fit.overwrite and self.trainer.is_global_zero and self.run_dir.exists():
-            _move(self.run_dir, self.run_dir / _ASIDE)
+            move_run(self.run_dir, self.run_dir / ASIDE)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
@@ -205,60 +191,6 @@ def _root(error: BaseException) -> BaseException:
     while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
         error = earlier
     return error
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move what belongs to a run from one folder to another, in place of what is there."""
-    for name in _CONTENTS:
-        if not (source / name).exists():
-            continue
-        if (target / name).is_dir():
-            shutil.rmtree(target / name)
-        target.mkdir(exist_ok=True)
-        (source / name).rename(target / name)
-
-
-def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:
-    """The file to start from: for a fit the run's last checkpoint, if there is one, unless another is asked for.
-
-    Args:
-        asked: a file; "last" or "best" of the run; None.
-
-    Raises:
-        UserError: a checkpoint that was asked for by name or path is not there.
-    """
-    folder = checkpoint_folder(run_dir)
-    if asked is None and subcommand != "fit":
-        return None
-    if asked in (None, "last") and subcommand == "fit" and not (folder / "last.ckpt").exists():
-        if (folder / ".last.ckpt.unfinished").exists():
-            print(f"{folder} has no whole checkpoint, only one that was cut off while it was written: starting anew")
-        return None  # nothing there: a fresh start
-    asked = asked or "last"
-    path = folder / f"{asked}.ckpt" if asked in ("last", "best") else Path(str(asked))
-    if not path.exists():
-        raise UserError(f"ckpt_path {asked!r}: there is no {path}; give a file, or 'last' or 'best' of the run_dir")
-    return str(path)
-
-
-def _read(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], int]:
-    """The options and the step of a checkpoint; says how old it is."""
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        options, step = dict(stored["hyper_parameters"]), int(stored["global_step"])
-        identity_by_options(options)
-    except Exception as error:  # zip, pickle, file system and missing keys have no common class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot read checkpoint {checkpoint} ({reason}): remove it, or give another ckpt_path"
-        ) from error
-    cut_off = Path(checkpoint).with_name(f".{Path(checkpoint).name}.unfinished").exists()
-    rank_zero_info(
-        f"{'Going on from' if subcommand == 'fit' else 'Using'} {checkpoint}: step {step:,}, written "
-        f"{age(time.time() - Path(checkpoint).stat().st_mtime)} ago"
-        + (" (a later one was cut off while it was written, and is left out)" if cut_off else "")
-    )
-    return options, step
 
 
 def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:

@@ -227,11 +227,11 @@ class TestFit:
         assert {path.name for path in Path("run/checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
         assert scalars("run")["train/skipped_steps"].keys() == {1, 2, 3}
 
-    def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, capsys):
+    def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, caplog):
         Path("run/checkpoints").mkdir(parents=True)
         Path("run/checkpoints/.last.ckpt.unfinished").write_bytes(b"PK half")
         assert dft("fit", "--model.weighting", "DFT", "--ckpt_path", "last") == 0
-        assert "no whole checkpoint, only one that was cut off" in capsys.readouterr().out
+        assert "no whole checkpoint, only one that was cut off" in caplog.text
 
     def test_packed_rows_are_announced(self, dft, capsys):
         packed = ("--data.packing", "true", "--data.pack_length", "400", "--model.attn_implementation", "varlen")
