@@ -196,6 +196,7 @@ class WeightedLM(nn.Module):
             wanted=wanted,
             weight=weight,
             chunk_rows=chunk_rows,
+            lengths=batch.counts,
             **{name: value for name, value in brought.items() if value is not None},
         )
 

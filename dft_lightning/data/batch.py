@@ -24,6 +24,7 @@ class Batch:
         sequence: (N,) which of the batch's sequences, 0 … S−1.
         position: (N,) index among the supervised tokens of its sequence.
         row: (S,) index of each sequence in the rows of its data set.
+        counts: how many supervised tokens each sequence has.
         tokens: how many positions hold real tokens.
         ref_logp: (N,) at least float32, log-probability under the reference, or None.
         position_ids: (B, T) place of each token in its document, where rows are packed; else None.
@@ -39,6 +40,7 @@ class Batch:
         sequence: Tensor,
         position: Tensor,
         row: Tensor,
+        counts: list[int],
         tokens: int,
         ref_logp: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -51,6 +53,7 @@ class Batch:
         self.sequence = sequence
         self.position = position
         self.row = row
+        self.counts = counts
         self.tokens = tokens
         self.ref_logp = ref_logp
         self.position_ids = position_ids
@@ -131,6 +134,7 @@ class Collator:
             sequence=_joined(number),
             position=_joined(position),
             row=torch.tensor([sequence["row"] for sequence in sequences], dtype=torch.long),
+            counts=list(map(len, target)),
             tokens=sum(map(sum, lengths)),
             ref_logp=self._reference(sequences),
             **(_borders(lengths, ids.shape) if self.packed else {}),

@@ -19,6 +19,7 @@ def test_labels_are_shifted_once_and_masked():
     assert batch.sequence.tolist() == [0, 0, 1]
     assert batch.position.tolist() == [0, 1, 0]
     assert batch.row.tolist() == [7, 3]
+    assert batch.counts == [2, 1]
     assert batch.tokens == 6
     assert len(batch) == 2
 

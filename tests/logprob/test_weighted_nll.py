@@ -59,7 +59,11 @@ def problem(rows=37, width=19, vocabulary=101, dtype=torch.float32, spread=1.0, 
     ref_logp = -5 * torch.rand(rows, generator=generator, dtype=torch.float64)
     bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, head, bias)]
-    return *leaves, targets, {"sequence": sequence, "ref_logp": ref_logp, "factor": 0.5 + torch.rand(rows)}
+    return (
+        *leaves,
+        targets,
+        {"sequence": sequence, "ref_logp": ref_logp, "factor": 0.5 + torch.rand(rows, generator=generator)},
+    )
 
 
 def transform_of(name, bias):
@@ -199,11 +203,87 @@ def test_a_frozen_head_makes_no_head_gradient(monkeypatch):
 
 def test_without_gradient_nothing_is_made(monkeypatch):
     hidden, head, _, targets, _ = problem()
-    monkeypatch.setattr("dft_lightning.logprob.chunked._add_gradients", lambda *_: pytest.fail("made gradients"))
+    monkeypatch.setattr("dft_lightning.logprob.passes._add_products", lambda *_: pytest.fail("made gradients"))
     with torch.no_grad():
         loss, tokens = weighted_nll(hidden, head, targets, SentenceProbability())
     assert not loss.requires_grad
     torch.testing.assert_close(loss, -(tokens.need("weight") * tokens.logp).sum())
+
+
+class TestSequencesInOnePass:
+    """Where chunk borders can fall between sequences, the second pass is saved."""
+
+    def passes(self, monkeypatch, weighting, **options):
+        """How many passes there were, and what came out, with gradients."""
+        from dft_lightning.logprob import chunked
+
+        count, whole = [], chunked.run_pass
+        monkeypatch.setattr(chunked, "run_pass", lambda *args: count.append(1) or whole(*args))
+        hidden, head, _bias, targets, brought = problem()
+        loss, tokens = weighted_nll(hidden, head, targets, weighting, **(brought | options))
+        loss.backward()
+        return len(count), loss.detach(), tokens.weight, hidden.grad, head.grad
+
+    @pytest.mark.parametrize("weighting", [SentenceProbability(), ImportanceWeighted()], ids=repr)
+    @pytest.mark.parametrize("rows", [8, 15, 37, 500])
+    def test_it_is_the_same_as_in_two(self, monkeypatch, weighting, rows):
+        one = self.passes(monkeypatch, weighting, chunk_rows=rows)
+        two = self.passes(monkeypatch, weighting, chunk_rows=7)  # a sequence has 7 or 8 tokens
+        assert (one[0], two[0]) == (1, 2)
+        for ours, theirs in zip(one[1:], two[1:], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_sequences_that_do_not_lie_together_need_two(self, monkeypatch):
+        mixed = torch.arange(37) % 5
+        assert self.passes(monkeypatch, SentenceProbability(), sequence=mixed)[0] == 2
+
+    def test_lengths_have_to_add_up(self):
+        hidden, head, _, targets, _ = problem()
+        with pytest.raises(ValueError, match="lengths add up to 36; expected 37"):
+            weighted_nll(hidden, head, targets, SentenceProbability(), lengths=[30, 6])
+
+    def test_lengths_that_are_known_are_not_looked_for(self, monkeypatch):
+        monkeypatch.setattr(torch, "unique_consecutive", lambda *_, **__: pytest.fail("looked"))
+        lengths = torch.bincount(problem()[4]["sequence"]).tolist()
+        assert self.passes(monkeypatch, SentenceProbability(), lengths=lengths)[0] == 1
+
+
+def test_weights_that_are_known_are_taken(monkeypatch):
+    """As those of step scope are; the weighting is not asked, and its scope does not matter."""
+
+    @dataclass(frozen=True)
+    class Step(TokenWeighting):
+        scope = "step"
+
+        def weights(self, tokens: TokenStats) -> Tensor:
+            raise AssertionError("asked")
+
+    hidden, head, _, targets, _ = problem()
+    weight = torch.rand(len(targets))
+    results = []
+    for options in ({"weighting": Step(), "weight": weight}, {"weighting": Uniform(), "factor": weight}):
+        hidden.grad = head.grad = None
+        loss, _tokens = weighted_nll(hidden, head, targets, **options)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad.clone(), head.grad.clone()))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(weighted_nll(hidden, head, targets, Step(), weight=weight)[1].weight, weight)
+    with pytest.raises(ValueError, match=r"weight is \(36,\); expected \(37,\)"):
+        weighted_nll(hidden, head, targets, Step(), weight=weight[1:])
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 16, 33])
+def test_a_likely_token_keeps_its_small_gradient(chunk_rows):
+    """p − 1 at the target comes from log p by expm1: softmax minus one would cancel all but a few bits."""
+    hidden, head, _, targets, _ = problem(rows=33, vocabulary=4096, spread=3.0)
+    targets = (hidden.detach() @ head.detach().T).argmax(1)
+    grads = []
+    for function, dtype in ((weighted_nll, torch.float32), (dense_weighted_nll, torch.float64)):
+        states = hidden.detach().to(dtype).requires_grad_()
+        more = {"chunk_rows": chunk_rows} if function is weighted_nll else {}
+        function(states, head.detach().to(dtype), targets, DFT(), **more)[0].backward()
+        grads.append(states.grad.double())
+    assert (grads[0] - grads[1]).norm() < 5e-6 * grads[1].norm()
 
 
 def test_inputs_are_left_as_they_were():
