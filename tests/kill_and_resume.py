@@ -119,6 +119,7 @@ def start(arguments: list[str], folder: Path, at: tuple[str, int] | None = None)
     child = os.fork()
     if child:
         return child
+    torch.set_num_threads(torch.get_num_threads())  # a fork's pool is renewed here, not by two threads at once
     os.chdir(folder)
     os.environ["DFT_CACHE"] = os.environ.get("DFT_CACHE_REAL", str(folder / "cache"))
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
