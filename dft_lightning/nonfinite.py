@@ -57,7 +57,9 @@ class SkippedSteps:
         path = self._file(trainer)
         if trainer.is_global_zero and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] < trainer.global_step))
+            # a last line without its end was cut off by a kill
+            whole = [line for line in lines if line.endswith("\n")]
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] < trainer.global_step))
 
     @staticmethod
     def _file(trainer: "pl.Trainer") -> Path:

@@ -99,6 +99,12 @@ def test_its_rows_are_named(poisoned, tmp_path):
     assert report["norm"] == report["loss"] == "nan"
 
 
+def test_a_line_that_a_kill_cut_off_is_dropped(model_dir, rows_file, tmp_path):
+    (tmp_path / "skipped_steps.jsonl").write_text('{"step": 3, "rows": [1')
+    fit(model_dir, rows_file, DFT(), default_root_dir=tmp_path, max_steps=1)
+    assert (tmp_path / "skipped_steps.jsonl").read_text() == ""
+
+
 @pytest.mark.slow
 def test_two_ranks_skip_together_and_name_all_rows(poisoned, tmp_path):
     model, rows = poisoned
