@@ -58,8 +58,8 @@ def fit(options: argparse.Namespace, weighting: str, folder: Path) -> dict[str, 
     subprocess.run(command, check=True, cwd=folder, stdout=sys.stderr)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
-    return {tag.removeprefix("train/"): [event.value for event in events.Scalars(tag)] for tag in tags}
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "throughput/"))]
+    return {tag.split("/")[1]: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
 def main() -> None:

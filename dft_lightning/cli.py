@@ -20,7 +20,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from dft_lightning.callbacks import Checkpoints, Export, Progress, RunSummary, TokenProbabilities, TokenScores
+from dft_lightning.callbacks import (
+    Checkpoints,
+    Export,
+    Progress,
+    RunSummary,
+    Throughput,
+    TokenProbabilities,
+    TokenScores,
+)
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
@@ -117,6 +125,7 @@ class CommandLine(LightningCLI):
         )
         adamw = PAPERS_ADAMW | {"betas": list(PAPERS_ADAMW["betas"])}
         parser.set_defaults({"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": adamw}})
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(TokenProbabilities, "token_probabilities")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Export, "export")
@@ -175,7 +184,10 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
         if given["callbacks"] is not None:
             own += given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
-        return super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
+        trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: isinstance(callback, Progress))  # it shows what the others log
+        return trainer
 
     def _logger(self) -> TensorBoardLogger:
         """TensorBoard's events, without those of a run that was not gone on with, or later than the checkpoint."""

@@ -9,17 +9,16 @@ from torchmetrics import Metric
 if TYPE_CHECKING:
     from dft_lightning.weighting import TokenStats
 
-_NAMES = ("objective", "units", "nll", "tokens", "weight", "weight_squared", "p", "top1", "positions")
+_NAMES = ("objective", "units", "nll", "tokens", "weight", "weight_squared", "p", "top1")
 
 
-def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats", positions: int) -> Tensor:
-    """Sums of one micro-batch, (9,) in float64, in the order of `_NAMES`.
+def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats") -> Tensor:
+    """Sums of one micro-batch, (8,) in float64, in the order of `_NAMES`.
 
     Args:
         loss: the micro-batch's loss, a sum.
         units: what it adds to the divisor.
         tokens: its supervised tokens, with `weight`.
-        positions: how many tokens the model read, supervised or not.
     """
     weight = tokens.need("weight").double()
     right = (tokens.rank == 0).sum() if tokens.rank is not None else torch.zeros_like(loss)
@@ -32,7 +31,6 @@ def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats", positions: int
         weight.square().sum(),
         tokens.p.sum(dtype=torch.float64),
         right,
-        torch.tensor(positions, device=loss.device),
     ]
     return torch.stack([value.to(torch.float64) for value in values])
 
@@ -58,11 +56,6 @@ def token_means(sums: Tensor) -> dict[str, Tensor]:
 def units_of(sums: Tensor) -> Tensor:
     """The divisor of the optimizer step."""
     return sums[_NAMES.index("units")]
-
-
-def positions_of(sums: Tensor) -> Tensor:
-    """How many tokens the model read."""
-    return sums[_NAMES.index("positions")]
 
 
 class TokenMeans(Metric):

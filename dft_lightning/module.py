@@ -147,9 +147,7 @@ class FineTuner(WeightedModule):
         done = self.trainer.global_step + 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where Lightning starts
         due = every and (done % every == 0 or done == self.total_steps)
-        self._record(
-            "train", self.step.close(optimizer), done if due else None, {"objective", "nll", "tokens_per_second"}
-        )
+        self._record("train", self.step.close(optimizer), done if due else None, {"objective", "nll"})
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """The schedule waits while a step is skipped."""
@@ -190,14 +188,6 @@ class FineTuner(WeightedModule):
         changed += [f"{what} {change}" for what, change in others.items()]
         if changed:
             rank_zero_info(f"Going on with other settings than the checkpoint's: {', '.join(changed)}")
-
-    def on_train_epoch_start(self) -> None:
-        """Start the clock of tokens/s."""
-        self.step.start_clock()
-
-    def on_validation_end(self) -> None:
-        """Keep validation out of the next step's tokens/s."""
-        self.step.start_clock()
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""

@@ -54,7 +54,7 @@ class WeightedModule(pl.LightningModule):
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
         self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
-        self._validated: list[tuple[TokenStats, Tensor | None, Tensor, int]] = []
+        self._validated: list[tuple[TokenStats, Tensor | None, Tensor]] = []
 
     @property
     def model(self) -> Any:
@@ -204,10 +204,10 @@ class WeightedModule(pl.LightningModule):
         """Add a batch to the means over the whole validation set."""
         if self.weighting.scope == "step":  # the set is the step
             tokens, factor = self._unweighted(batch, frozenset({"rank"})), token_factor(self.normalize, batch.sequence)
-            self._validated.append((tokens, factor, units(self.normalize, batch.sequence), batch.tokens))
+            self._validated.append((tokens, factor, units(self.normalize, batch.sequence)))
             return
         loss, tokens = self.score(batch, frozenset({"rank"}))
-        self.means.update(token_sums(loss, units(self.normalize, batch.sequence), tokens, batch.tokens))
+        self.means.update(token_sums(loss, units(self.normalize, batch.sequence), tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
@@ -224,9 +224,9 @@ class WeightedModule(pl.LightningModule):
     def _log_means(self, stage: str) -> None:
         held, self._validated = self._validated, []
         weights = self._weigh_together([tokens for tokens, *_ in held]) if held else []
-        for (tokens, factor, count, positions), weight in zip(held, weights, strict=True):
+        for (tokens, factor, count), weight in zip(held, weights, strict=True):
             objective = -(weight * tokens.logp * (1.0 if factor is None else factor)).sum()
-            self.means.update(token_sums(objective, count, replace(tokens, weight=weight), positions))
+            self.means.update(token_sums(objective, count, replace(tokens, weight=weight)))
         self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 

@@ -1,13 +1,12 @@
 """One optimizer step as it is put together from micro-batches: normalised once, clipped, skipped if it is no use."""
 
 from collections.abc import Iterable
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.metrics import positions_of, token_means, token_sums, units_of
+from dft_lightning.metrics import token_means, token_sums, units_of
 from dft_lightning.nonfinite import SkippedSteps
 from dft_lightning.normalizer import Normalize, scale_gradients, units
 
@@ -30,16 +29,11 @@ class StepInTheMaking:
         self.normalize, self.skipped = normalize, SkippedSteps(max_skipped)
         self._sums: Tensor | None = None
         self._norm = torch.zeros(())
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """Start the clock of tokens/s."""
-        self._since = perf_counter()
 
     def add(self, loss: Tensor, batch: "Batch", tokens: "TokenStats") -> None:
         """Count a micro-batch."""
         self.skipped.see(batch, tokens)
-        sums = token_sums(loss, units(self.normalize, batch.sequence), tokens, batch.tokens)
+        sums = token_sums(loss, units(self.normalize, batch.sequence), tokens)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def normalise(self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter]) -> None:
@@ -78,13 +72,11 @@ class StepInTheMaking:
         """What there is to log of the step; the next one begins."""
         assert self._sums is not None
         values = {name: value for name, value in token_means(self._sums).items() if name != "top1"}
-        values["tokens_per_second"] = positions_of(self._sums) / (perf_counter() - self._since)
         values["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
         values["grad_norm"] = self._norm.double()
         if self.skipped.this_one:
             values = {name: value for name, value in values.items() if bool(torch.isfinite(value))}
         self._sums = None
-        self.start_clock()
         return values | {"skipped_steps": torch.tensor(float(self.skipped.total))}
 
 

@@ -60,7 +60,7 @@ class Median(TokenWeighting):
     def weights(self, tokens):
         return tokens.p / tokens.p.median()
 '''
-_ALWAYS_OTHER = ("tokens_per_second",)  # it is a time
+_OTHER = "throughput/"  # times and memory
 
 
 class Killer:
@@ -154,7 +154,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     logged = {
         f"{tag} {event.step}": event.value
         for tag in events.Tags()["scalars"]
-        if not tag.endswith(_ALWAYS_OTHER)
+        if not tag.startswith(_OTHER)
         for event in events.Scalars(tag)
     }
     logged |= {

@@ -165,7 +165,6 @@ def test_every_step_is_logged_with_what_happened(model_dir, rows_file):
                 "effective_sample_size",
                 "grad_norm",
                 "lr",
-                "tokens_per_second",
                 "skipped_steps",
             )
         }

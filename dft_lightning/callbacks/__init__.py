@@ -4,7 +4,16 @@ from dft_lightning.callbacks.checkpoints import Checkpoints
 from dft_lightning.callbacks.export import Export
 from dft_lightning.callbacks.progress import Progress
 from dft_lightning.callbacks.run_summary import RunSummary
+from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.callbacks.token_probabilities import TokenProbabilities
 from dft_lightning.callbacks.token_scores import TokenScores
 
-__all__ = ["Checkpoints", "Export", "Progress", "RunSummary", "TokenProbabilities", "TokenScores"]
+__all__ = [
+    "Checkpoints",
+    "Export",
+    "Progress",
+    "RunSummary",
+    "Throughput",
+    "TokenProbabilities",
+    "TokenScores",
+]

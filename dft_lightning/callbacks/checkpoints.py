@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from dft_lightning.callbacks.throughput import not_training
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
+        with not_training(trainer):
+            self._write(trainer, name)
+
+    def _write(self, trainer: pl.Trainer, name: str) -> None:
         if name == "last":
             self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
             self._due = self._now = False

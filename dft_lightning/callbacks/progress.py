@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Progress(TQDMProgressBar):
-    """Objective, plain NLL, tokens/s and the time that is left.
+    """Objective, plain NLL, tokens/s and model-FLOP utilisation (by `Throughput`), and the time that is left.
 
     Args:
         line_every_s: where the output is no terminal, seconds between two lines.
@@ -40,9 +40,13 @@ class Progress(TQDMProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """What stands behind the bar: short names, no version number."""
-        shown = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
-        if "tokens_per_second" in shown:
-            shown["tok/s"] = round(float(shown.pop("tokens_per_second")))
+        shown: dict[str, Any] = {
+            name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()
+        }
+        if (speed := shown.pop("throughput/tokens_per_second", None)) is not None:
+            shown["tok/s"] = round(speed)
+        if (share := shown.pop("throughput/mfu", None)) is not None:
+            shown["mfu"] = f"{share:.1%}"
         return cast("dict[str, int | str | float | dict[str, float]]", shown)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
 
 if TYPE_CHECKING:
@@ -49,12 +50,17 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     }
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
+    facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
     monitor, mode = module.weighting.monitor
     return facts | {
         "steps": f"{module.total_steps:,} (from step {trainer.global_step:,})",
         "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
         "run folder": str(trainer.default_root_dir),
     }
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set where Lightning starts
 
 
 def _attention(module: "FineTuner", data: "ChatDataModule | None") -> str:

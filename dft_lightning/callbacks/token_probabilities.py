@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from dft_lightning.callbacks.throughput import not_training
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,6 +164,10 @@ class TokenProbabilities(Callback):
         return step % self.every_n_steps == 0 or step == cast("FineTuner", pl_module).total_steps
 
     def _report(self, trainer: pl.Trainer, module: "FineTuner") -> None:
+        with not_training(trainer):
+            self._compare(trainer, module)
+
+    def _compare(self, trainer: pl.Trainer, module: "FineTuner") -> None:
         now = self._look(trainer, module).reduced(trainer)
         trained = None if self._trained is None else self._trained.reduced(trainer)
         self._trained = None

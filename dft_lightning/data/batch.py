@@ -25,7 +25,7 @@ class Batch:
         position: (N,) index among the supervised tokens of its sequence.
         row: (S,) index of each sequence in the rows of its data set.
         counts: how many supervised tokens each sequence has.
-        tokens: how many positions hold real tokens.
+        lengths: how many tokens each sequence has.
         ref_logp: (N,) at least float32, log-probability under the reference, or None.
         position_ids: (B, T) place of each token in its document, where rows are packed; else None.
         cu_seqlens: (D+1,) int32, where each document begins in the B·T positions, and their end; with position_ids.
@@ -41,7 +41,7 @@ class Batch:
         position: Tensor,
         row: Tensor,
         counts: list[int],
-        tokens: int,
+        lengths: list[int],
         ref_logp: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -54,7 +54,7 @@ class Batch:
         self.position = position
         self.row = row
         self.counts = counts
-        self.tokens = tokens
+        self.lengths = lengths
         self.ref_logp = ref_logp
         self.position_ids = position_ids
         self.cu_seqlens = cu_seqlens
@@ -63,6 +63,11 @@ class Batch:
     def __len__(self) -> int:
         """Sequences in the batch."""
         return len(self.row)
+
+    @property
+    def tokens(self) -> int:
+        """How many positions hold real tokens."""
+        return sum(self.lengths)
 
     def _map(self, name: str, *args: Any, **kwargs: Any) -> "Batch":
         moved = {
@@ -135,7 +140,7 @@ class Collator:
             position=_joined(position),
             row=torch.tensor([sequence["row"] for sequence in sequences], dtype=torch.long),
             counts=list(map(len, target)),
-            tokens=sum(map(sum, lengths)),
+            lengths=[size for row in lengths for size in row],
             ref_logp=self._reference(sequences),
             **(_borders(lengths, ids.shape) if self.packed else {}),
         )

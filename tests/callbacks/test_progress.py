@@ -5,7 +5,7 @@ import sys
 import pytest
 from harness import fit
 
-from dft_lightning.callbacks import Progress
+from dft_lightning.callbacks import Progress, Throughput
 
 
 def lines(capsys):
@@ -14,7 +14,12 @@ def lines(capsys):
 
 def run(model_dir, rows_file, progress, **more):
     return fit(
-        model_dir, rows_file, callbacks=[progress], enable_progress_bar=True, data={"micro_batch_size": 4}, **more
+        model_dir,
+        rows_file,
+        callbacks=[Throughput(), progress],
+        enable_progress_bar=True,
+        data={"micro_batch_size": 4},
+        **more,
     )
 
 
