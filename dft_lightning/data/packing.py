@@ -3,8 +3,9 @@
 A *row* is a line of the tensor that the model reads; the sequences in it stay whole, in this order.
 """
 
-from bisect import bisect_left, insort
+from collections import defaultdict
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Literal, Protocol
 
 import numpy as np
@@ -71,18 +72,22 @@ class Packed:
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Indices of `lengths` (descending, each at most `capacity`) in bins whose sums are at most `capacity`.
 
-    Each goes where it leaves the least room, or opens a new bin. Equal input gives equal bins.
+    Each goes where it leaves the least room (of several such bins, into the first), or opens a new bin. Equal input
+    gives equal bins. The search costs the same however many bins there are.
     """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens left → heap of bins
+    rooms = 0  # bit r is set where some bin has room for exactly r tokens
     for index, length in enumerate(lengths.tolist()):
-        at = bisect_left(room, (length, -1))
-        if at == len(room):
+        if fitting := rooms >> length:
+            left = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: the least room that is enough
+            number = heappop(with_room[left])
+            rooms ^= 0 if with_room[left] else 1 << left
+        else:
             left, number = capacity, len(bins)
             bins.append([])
-        else:
-            left, number = room.pop(at)
         assert length <= left, f"a sequence of {length} tokens in rows of {capacity}"
         bins[number].append(index)
-        insort(room, (left - length, number))
+        heappush(with_room[left - length], number)
+        rooms |= 1 << (left - length)
     return bins

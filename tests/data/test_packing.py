@@ -21,6 +21,22 @@ def test_each_goes_where_it_leaves_the_least_room():
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
 @settings(max_examples=200, deadline=None)
+def test_the_bins_are_those_of_a_plain_search(lengths, capacity):
+    """The definition, looking through all bins each time: the least room that is enough, of several the first bin."""
+    bins, room = [], []
+    for index, length in enumerate(sorted(lengths, reverse=True)):
+        enough = [(left, number) for number, left in enumerate(room) if left >= length]
+        number = min(enough)[1] if enough else len(bins)
+        if not enough:
+            bins.append([])
+            room.append(capacity)
+        bins[number].append(index)
+        room[number] -= length
+    assert best_fit_decreasing(np.array(sorted(lengths, reverse=True), dtype=int), capacity) == bins
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+@settings(max_examples=200, deadline=None)
 def test_every_sequence_is_in_one_row_and_no_row_overflows(lengths, capacity):
     sequences, sizes = np.arange(len(lengths)) + 100, np.array(lengths, dtype=int)
     rows = Packed(capacity).rows(sequences, sizes)
