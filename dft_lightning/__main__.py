@@ -10,9 +10,10 @@ _COMMANDS = {
     "validate": "mean NLL, mean p, top-1 and objective on the validation rows",
     "test": "the same on data.test_path",
     "predict": "log p, entropy, rank and weight of every token, to parquet",
+    "plan": "what a fit with the same options will need: memory, FLOPs, time, and the setting that fits",
     "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
-_OWN = {"demo": "dft_lightning.demo"}
+_OWN = {"demo": "dft_lightning.demo", "plan": "dft_lightning.planning.command"}
 
 _HELP = """usage: dft COMMAND [--config FILE ...] [--option VALUE ...]
 

@@ -57,7 +57,7 @@ class ModelSource:
 
 
 @contextmanager
-def _loading(what: str, source: ModelSource) -> Iterator[None]:
+def loading(what: str, source: ModelSource) -> Iterator[None]:
     """One clear line in place of what transformers, safetensors or the hub say."""
     try:
         yield
@@ -81,7 +81,7 @@ def load_model(source: ModelSource) -> Any:
 
     varlen.register()
 
-    with _loading("weights", source):
+    with loading("weights", source):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.path(),
             dtype=source.dtype,
@@ -102,7 +102,7 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
 
     from dft_lightning.data.rendering import load_chat_template
 
-    with _loading("tokenizer", source):
+    with loading("tokenizer", source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
         )

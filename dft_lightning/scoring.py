@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 Reference = Literal["auto", "cache", "adapter_off"]
 
 
+def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
+    """In what the weights are held, by `model.dtype` and `trainer.precision`."""
+    if choice != "auto":
+        return cast(torch.dtype, getattr(torch, choice))
+    true = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    return true.get(precision, torch.float32)
+
+
 class WeightedModule(pl.LightningModule):
     """The part of `FineTuner` that needs no training: it loads the model, and scores batches under the weighting."""
 
@@ -97,11 +105,7 @@ class WeightedModule(pl.LightningModule):
         return model if self.lora is None else add_lora(model, self.lora)
 
     def _weights_dtype(self) -> torch.dtype:
-        if self.dtype_choice != "auto":
-            return cast(torch.dtype, getattr(torch, self.dtype_choice))
-        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
-        true = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-        return true.get(precision, torch.float32)
+        return weights_dtype(self.dtype_choice, str(self.trainer.precision) if self._trainer is not None else "32-true")
 
     @property
     def total_steps(self) -> int:

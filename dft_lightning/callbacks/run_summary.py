@@ -88,12 +88,12 @@ def _data_facts(data: "ChatDataModule") -> dict[str, str]:
 
 
 @rank_zero_only
-def show(facts: dict[str, str]) -> None:
+def show(facts: dict[str, str], title: str = "This run") -> None:
     """The facts as a table in the terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False, title="This run", title_justify="left")
+    table = Table(show_header=False, title=title, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, value)
     Console().print(table)

@@ -206,11 +206,11 @@ class Factor:
         if tensor.device.type != "cpu":
             return Factor(rounded, rounded)
         wide = rounded.to(job.compute)
-        return Factor(wide, rounded if job.product == torch.bfloat16 and _only_native_bfloat16() else wide)
+        return Factor(wide, rounded if job.product == torch.bfloat16 and only_native_bfloat16() else wide)
 
 
 @cache
-def _only_native_bfloat16() -> bool:
+def only_native_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 fast, but not in tiles."""
     fast, tiles = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return bool(fast()) and not tiles()

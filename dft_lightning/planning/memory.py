@@ -1,0 +1,161 @@
+"""What a device has to hold while a model is trained, by part, and the lightest recomputation with which it fits."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dft_lightning.attention import implementation_of
+from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.planning.live_bytes import nbytes
+from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
+from dft_lightning.recomputation import Recomputation
+
+GIB = 2**30
+#: What a CUDA context and the allocator's gaps take, beside the tensors: an assumption.
+_RESERVE = 1.5 * GIB
+#: On a CPU the gaps that malloc leaves, as a share of the micro-batch's tensors: between 10 % and 45 % were measured.
+_GAPS = 0.25
+_MOST_LOGITS: int = 2 * GIB  # as in logprob.passes, of which a GPU takes a quarter of its free memory at most
+KINDS: tuple[Recomputation, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device is to do.
+
+    Args:
+        config: the transformers model's configuration.
+        lora: adapters, if only these are trained.
+        dtype: of the weights.
+        precision: as `trainer.precision`, in full.
+        attention: as `model.attn_implementation`.
+        optimizer: makes the optimizer of a list of parameters.
+        shape: the largest micro-batch.
+        accumulates: whether a step has several micro-batches.
+        ranks: data-parallel devices.
+        cuda: whether these are GPUs.
+        capacity: bytes of each.
+        chunk_rows: as `model.chunk_rows`.
+    """
+
+    config: Any
+    lora: LoRA | None
+    dtype: torch.dtype
+    precision: str
+    attention: str | None
+    optimizer: Callable[[Any], Optimizer]
+    shape: MicroBatch
+    accumulates: bool
+    ranks: int
+    cuda: bool
+    capacity: int
+    chunk_rows: int | None = None
+
+    def network(self) -> WeightedLM:
+        """The model without its weights."""
+        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Args:
+        held: by name, what is there all the time.
+        gradients: of the trained weights.
+        accumulates: whether they are there while a micro-batch runs, or come as its activations go.
+        micro_batch: what forward and backward pass hold beside.
+        update: what the optimizer's step holds beside.
+    """
+
+    held: dict[str, int]
+    gradients: int
+    accumulates: bool
+    micro_batch: Footprint
+    update: int
+
+    @property
+    def peak(self) -> int:
+        """Most that there is at once."""
+        running = self.micro_batch.peak + (self.gradients if self.accumulates else 0)
+        return sum(self.held.values()) + max(running, self.gradients + self.update)
+
+    def parts(self) -> dict[str, int]:
+        """By name; they are not all there at the same moment."""
+        run = self.micro_batch
+        return self.held | {
+            "gradients": self.gradients,
+            "saved activations": run.saved,
+            "loss head": run.head,
+            "backward pass, beyond these": max(0, run.peak - run.saved - run.head),
+            "optimizer's step": self.update,
+        }
+
+
+def lightest(load: Load, kinds: Iterable[Recomputation] = KINDS) -> tuple[Recomputation | None, dict[str, Memory]]:
+    """The first kind of recomputation with which the load fits its device (None if none does), and what each needs.
+
+    Kinds after the first that fits are not looked at.
+    """
+    looked: dict[str, Memory] = {}
+    for kind in kinds:
+        looked[kind] = memory(load, kind)
+        if looked[kind].peak <= load.capacity:
+            return kind, looked
+    return None, looked
+
+
+def memory(load: Load, kind: Recomputation) -> Memory:
+    """What a device has to hold with a kind of recomputation."""
+    network = load.network()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    gradients = nbytes(trained)
+    states, update = _optimizer(load, trained)
+    held = {"weights": nbytes(network.parameters()), "buffers": nbytes(network.buffers()), "optimizer states": states}
+    if load.ranks > 1:
+        held["buckets of DistributedDataParallel"] = gradients
+    if load.cuda:
+        held["CUDA context and gaps (assumed)"] = int(_RESERVE)
+    setting = Setting(
+        dtype=load.dtype,
+        precision=load.precision,
+        attention=implementation_of(network.base.get_decoder()) if load.attention is None else load.attention,
+        recomputation=kind,
+        cuda=load.cuda,
+        chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),
+        accumulates=load.accumulates,
+    )
+    run = rehearse(load.config, load.lora, load.shape, setting)
+    if not load.cuda:
+        held["gaps of the allocator (assumed)"] = int(_GAPS * run.peak)
+    return Memory(held, gradients, load.accumulates, run, update)
+
+
+def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
+    from dft_lightning.logprob.passes import default_rows
+
+    vocabulary = network.base.get_output_embeddings().weight.shape[0]
+    if not load.cuda:
+        return default_rows(torch.device("cpu"), vocabulary)
+    allowed: int = min(_MOST_LOGITS, max(load.capacity - taken, 0) // 4)
+    rows: int = allowed // (4 * vocabulary) // 128 * 128
+    return max(128, rows)
+
+
+def _optimizer(load: Load, trained: list[nn.Parameter]) -> tuple[int, int]:
+    """Bytes of the optimizer's states, and those that its step takes for a moment, learnt from a small weight."""
+    states, foreach = 0.0, False
+    for dtype in {parameter.dtype for parameter in trained}:
+        small = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+        small.grad = torch.zeros_like(small)
+        optimizer = load.optimizer([small])
+        optimizer.step()
+        made = nbytes(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+        states += made / nbytes([small]) * nbytes(p for p in trained if p.dtype == dtype)
+        defaults = optimizer.defaults
+        foreach = load.cuda and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
+    return int(states), nbytes(trained) if foreach else 0

@@ -1,0 +1,206 @@
+"""A run's need of memory and time on given devices, and the setting that fits if its own does not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
+from dft_lightning.planning.memory import KINDS, Load, Memory, memory
+from dft_lightning.planning.peaks import Device, product_of
+from dft_lightning.planning.rehearsal import MicroBatch
+from dft_lightning.planning.work import Work, work_of
+from dft_lightning.recomputation import Recomputation
+from dft_lightning.scoring import weights_dtype
+
+if TYPE_CHECKING:
+    from dft_lightning.data import ChatDataModule
+    from dft_lightning.module import FineTuner
+
+
+@dataclass(frozen=True)
+class Place:
+    """The devices of a run.
+
+    Args:
+        name: of one.
+        known: what the table has of it.
+        cuda: whether they are GPUs.
+        devices: how many there are.
+        capacity: bytes of one.
+        peak_flops: FLOP/s of one, as the user gives it.
+    """
+
+    name: str
+    known: Device | None
+    cuda: bool
+    devices: int
+    capacity: int
+    peak_flops: float | None
+
+    def peak(self, precision: str, dtype: torch.dtype) -> float | None:
+        """FLOP/s of one device in a precision, where known."""
+        product = product_of(precision, dtype)
+        if self.peak_flops is not None or self.known is None or product is None:
+            return self.peak_flops
+        return self.known.peak(product)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of the trainer's options counts.
+
+    Args:
+        precision: in full, as bf16-mixed.
+        limits: world_size, global_rank, max_epochs, max_steps.
+        utilisation: share of the peak that is expected.
+    """
+
+    precision: str
+    limits: SimpleNamespace
+    utilisation: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is printed.
+
+    Args:
+        parameters: of the model; trained: of these.
+        kind: the recomputation in force.
+        memory: what a device needs.
+        advice: options that would fit, where its own do not; None where none was found.
+        advised: what a device needs then.
+        peak: FLOP/s of a device, where known.
+        unknown: why no FLOPs are known.
+    """
+
+    model: str
+    dtype: torch.dtype
+    options: Options
+    place: Place
+    parameters: int
+    trained: int
+    work: Work
+    kind: Recomputation
+    memory: Memory
+    advice: str | None
+    advised: Memory | None
+    peak: float | None
+    unknown: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the memory."""
+        return self.memory.peak <= self.place.capacity
+
+    @property
+    def seconds(self) -> float | None:
+        """An estimate of a step's time: its FLOPs at the expected utilisation."""
+        if self.work.flops is None or self.peak is None:
+            return None
+        return self.work.flops / (self.peak * self.options.utilisation * self.place.devices)
+
+
+def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: Place, options: Options) -> Plan:
+    """Plan a fit of the module on the data."""
+    dtype = weights_dtype(module.dtype_choice, options.precision)
+    load = Load(
+        config=config,
+        lora=module.lora,
+        dtype=dtype,
+        precision=options.precision,
+        attention=module.source.attn_implementation,
+        optimizer=module.optimizer,
+        shape=MicroBatch.full(1, 1),
+        accumulates=False,
+        ranks=place.devices,
+        cuda=place.cuda,
+        capacity=place.capacity,
+        chunk_rows=module.chunk_rows,
+    )
+    network = load.network()
+    flops, unknown = _flops(network)
+    work = work_of(data, lambda: module.tokenizer, options.limits, flops)
+    load = replace(load, shape=work.largest, accumulates=work.micro_batches > 1)
+    kind, need = _in_force(module, load)
+    advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options)
+    parameters = list(network.parameters())
+    return Plan(
+        model=module.source.name,
+        dtype=dtype,
+        options=options,
+        place=place,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        work=work,
+        kind=kind,
+        memory=need,
+        advice=advice,
+        advised=advised,
+        peak=place.peak(options.precision, dtype),
+        unknown=unknown,
+    )
+
+
+def _flops(network: WeightedLM) -> tuple[ModelFlops | None, str]:
+    try:
+        return model_flops(network), ""
+    except NotCountedError as reason:
+        return None, str(reason)
+
+
+def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
+    """The recomputation that the module asks for, and what a device then needs."""
+    asked = "full" if module.gradient_checkpointing else "none"
+    kinds = KINDS if asked == "auto" else [kind for kind in KINDS if kind == asked]
+    for kind in kinds:
+        need = memory(load, kind)
+        if need.peak <= load.capacity:
+            break
+    return kind, need
+
+
+def _advice(load: Load, kind: Recomputation, data: SimpleNamespace) -> tuple[str | None, Memory | None]:
+    """The first of the lighter settings that fits, as options, and what a device then needs."""
+    for options, lighter, other in _lighter(load, kind, data):
+        need = memory(lighter, other)
+        if need.peak <= load.capacity:
+            return options, need
+    return None, None
+
+
+def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator[tuple[str, Load, Recomputation]]:
+    """Settings that need less, from the one that costs least: options, load, recomputation."""
+    for other in KINDS[KINDS.index(kind) + 1 :]:
+        yield f"--model.activation_checkpointing {other}", load, other
+    full, rows, smaller = "--model.activation_checkpointing full", data.micro_batch_size, load
+    while rows > 1:
+        rows //= 2
+        smaller = replace(load, shape=_fewer(load.shape, rows, data), accumulates=True)
+        yield f"{full} --data.micro_batch_size {rows}", smaller, "full"
+    if load.dtype == torch.float32:
+        fewer = f" --data.micro_batch_size {rows}" if rows < data.micro_batch_size else ""
+        half = replace(smaller, dtype=torch.bfloat16, precision="bf16-true")
+        yield f"{full}{fewer} --trainer.precision bf16-true", half, "full"
+    if load.lora is None:
+        for other in KINDS[KINDS.index(kind) :]:
+            added = "" if other == kind else f" --model.activation_checkpointing {other}"
+            yield f"--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
+
+
+def _fewer(shape: MicroBatch, rows: int, data: SimpleNamespace) -> MicroBatch:
+    """The shape with so many rows at most; of a row without padding, so much of its length."""
+    if data.packing == "padding_free":
+        width = (data.pack_length or data.max_length) * rows
+        kept: list[int] = []
+        for length in shape.rows[0]:
+            if sum(kept) + length <= width:
+                kept.append(length)
+        share = sum(kept) / max(sum(shape.rows[0]), 1)
+        return replace(shape, rows=(tuple(kept),), supervised=int(shape.supervised * share), width=None)
+    kept_rows = shape.rows[:rows]
+    return replace(shape, rows=kept_rows, supervised=min(shape.supervised, sum(map(sum, kept_rows))))

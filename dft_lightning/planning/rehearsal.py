@@ -1,0 +1,246 @@
+"""One micro-batch through the model's own code with tensors that have shapes only: what it holds, and when.
+
+Nothing is computed and no weight is loaded, so it runs anywhere. Fake tensors on the CPU follow the same code as real
+ones; autocast and activation checkpointing are the real ones. The two places where a GPU does something else, varlen
+attention and the loss head, have stand-ins that make the same tensors.
+
+Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary, A attention heads, E width of a head.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from dft_lightning.attention import inputs
+from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.logprob.passes import only_native_bfloat16
+from dft_lightning.models import LoRA, add_lora
+from dft_lightning.planning.live_bytes import LiveBytes
+from dft_lightning.recomputation import Recomputation, recompute
+
+_TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
+_CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+_ITSELF = (None, "eager", "sdpa")  # runs as it is
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The shape of a micro-batch.
+
+    Args:
+        rows: tokens of each document, row by row.
+        supervised: N.
+        packed: whether a row may have several documents.
+        width: positions of a row; by default as many as the longest needs.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    supervised: int
+    packed: bool = False
+    width: int | None = None
+
+    @staticmethod
+    def full(rows: int, width: int) -> "MicroBatch":
+        """Rows of one document each, full, with every token but the first supervised."""
+        return MicroBatch(((width,),) * rows, rows * (width - 1))
+
+    def batch(self) -> Batch:
+        """Such a batch, of zeros."""
+
+        def document(length: int) -> dict[str, Any]:
+            return {"row": 0, "input_ids": np.zeros(length, np.int64), "supervised": np.zeros(length, bool)}
+
+        rows = [[document(length) for length in row] for row in self.rows]
+        return Collator(packed=self.packed, width=self.width)(rows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What else decides how much memory a micro-batch takes.
+
+    Args:
+        dtype: of the weights.
+        precision: as `trainer.precision`, in full.
+        attention: as model.attn_implementation, but never None.
+        recomputation: what the backward pass computes again.
+        cuda: whether it runs on a GPU; the loss head goes other ways on a CPU.
+        chunk_rows: rows of logits that the loss head holds.
+        accumulates: whether gradients of earlier micro-batches are there.
+    """
+
+    dtype: torch.dtype
+    precision: str
+    attention: str
+    recomputation: Recomputation
+    cuda: bool
+    chunk_rows: int
+    accumulates: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What a mixed precision casts to."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beside weights, optimizer state and the gradients that were there before.
+
+    Args:
+        saved: what the decoder keeps for the backward pass.
+        head: most that the loss head adds.
+        peak: most that there is at once.
+        gradients: bytes of all gradients.
+    """
+
+    saved: int
+    head: int
+    peak: int
+    gradients: int
+
+
+def skeleton(config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str, attention: str | None) -> Any:
+    """The model without its weights, on the meta device, in training mode.
+
+    Lightning casts all parameters where the precision is a half one and "true", adapters in float32 among them.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(_TOLD, _whole_rows)
+    named = attention if attention in _ITSELF else _TOLD
+    made: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=named)
+        model = (model if lora is None else add_lora(model, lora)).train()
+    if precision in _CASTS:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(_CASTS[precision])
+    return model
+
+
+def _faked(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in place of the meta device's; what is shared stays shared."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    wanted = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
+                if tensor is not None:
+                    held[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting) -> Footprint:
+    """Forward and backward pass of a micro-batch, in shapes."""
+    batch = shape.batch()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        # transformers leaves the mask out of sdpa where it can, but not while it is traced
+        plain = setting.attention == "sdpa" and not shape.packed
+        attention = _TOLD if plain else setting.attention
+        with unset_fake_temporarily():
+            model = skeleton(config, lora, setting.dtype, setting.precision, attention)
+        _faked(model)
+        base = model if lora is None else model.get_base_model()
+        recompute(base.get_decoder(), setting.recomputation)
+        given = _to(fake, batch)
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        if setting.accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        before = [*base.parameters(), *base.buffers(), *_tensors(given), *gradients]
+        with LiveBytes(before) as live:
+            return _run(base, given, shape.supervised, setting, live)
+
+
+def _run(base: Any, batch: Batch, supervised: int, setting: Setting, live: LiveBytes) -> Footprint:
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    told = batch.position_ids is not None and decoder.config._attn_implementation == _TOLD
+    capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
+    casting = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
+    with casting:
+        states = decoder(**inputs(batch, _TOLD if told else "")).last_hidden_state  # (B, T, H)
+        flat = states.flatten(0, 1).index_select(0, torch.zeros(supervised, dtype=torch.long))
+        del states
+        saved = live.now
+        forward_peak, live.peak = live.peak, live.now
+        loss = _LossHead.apply(flat, head.weight, setting, capped)  # type: ignore[no-untyped-call]
+        del flat
+        head_peak = live.peak - saved
+    loss.backward()
+    gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
+    return Footprint(saved, head_peak, max(forward_peak, live.peak), gradients)
+
+
+def _to(fake: FakeTensorMode, batch: Batch) -> Batch:
+    values: dict[str, Any] = {
+        name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in vars(batch).items()
+    }
+    return Batch(**values)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+
+
+def _whole_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention that keeps what a varlen or flash kernel keeps: query, key, value, result and its logsumexp."""
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, None, dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _LossHead(torch.autograd.Function):
+    """Makes the tensors that `weighted_nll` makes in one pass, without the products."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, setting: Setting, capped: bool) -> Tensor:
+        compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        product = setting.autocast or hidden.dtype
+        with torch.autocast("cpu", enabled=False):
+            ctx.made = [
+                torch.zeros_like(x, dtype=compute) if needed else None
+                for x, needed in zip((hidden, weight), ctx.needs_input_grad[:2], strict=True)
+            ]
+            ctx.dtypes = hidden.dtype, weight.dtype
+            narrow = product if setting.cuda or (product == torch.bfloat16 and only_native_bfloat16()) else compute
+            rounded_weight = weight.to(product)
+            factors = [rounded_weight] if setting.cuda else [rounded_weight.to(compute), rounded_weight.to(narrow)]
+            rows = min(setting.chunk_rows, max(len(hidden), 1))
+            states = hidden[:rows].to(product)
+            factors += [states] if setting.cuda else [states.to(compute), states.to(narrow)]
+            logits = hidden.new_empty((rows, len(weight)), dtype=compute)
+            uncapped = logits.clone() if capped else None
+            rounded, added = logits.to(narrow), None
+            if ctx.made[1] is not None and narrow != compute:  # a product that is added to the accumulator
+                added = torch.zeros_like(weight, dtype=compute if setting.cuda else narrow)
+            del rounded_weight, factors, states, uncapped, rounded, added
+            return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if made is None else (made * upstream).to(dtype)
+            for made, dtype in zip(ctx.made, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)

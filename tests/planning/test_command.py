@@ -1,0 +1,105 @@
+"""`dft plan` in-process: what it says of a run is what the run then does."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from harness import fit
+
+from dft_lightning.__main__ import main
+from dft_lightning.planning.flops import model_flops
+from dft_lightning.planning.memory import GIB
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def plan(capsys, model, *args):
+    assert main(["plan", "--model.model_name", str(model), "--model.weighting", "DFT", "--json", *map(str, args)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def data(rows, **options):
+    usual = {"max_length": 200, "global_batch_size": 8, "micro_batch_size": 3}
+    given = ["--data", "NuminaMathDataModule", "--data.path", rows]
+    return given + [part for name, value in (usual | options).items() for part in (f"--data.{name}", value)]
+
+
+@pytest.mark.parametrize("packing", ["false", "true", "padding_free"])
+def test_tokens_and_flops_are_those_of_the_run(capsys, model_dir, rows_file, packing):
+    found = plan(capsys, model_dir, *data(rows_file, packing=packing), "--trainer.accelerator", "cpu")
+    options = {"micro_batch_size": 3, "packing": packing if packing == "padding_free" else packing == "true"}
+    module, _, trainer = fit(model_dir, rows_file, data=options)
+    rows, flops = trainer.datamodule.train_rows, model_flops(module.network)
+    assert found["steps"] == trainer.global_step == 4
+    assert found["tokens_a_step"] * 4 == rows.lengths.sum()
+    assert found["supervised_tokens_a_step"] * 4 == rows.targets.sum()
+    assert found["flops_a_step"] * 4 == pytest.approx(flops.of(rows.lengths.tolist(), int(rows.targets.sum())))
+    assert found["micro_batches"] == trainer.datamodule.sampler().micro_batches
+    assert found["parameters"] == sum(p.numel() for p in module.parameters())
+    batches = [batch for number in range(4) for batch in trainer.datamodule.step(0, number)]
+    largest = max(batches, key=lambda batch: batch.input_ids.numel())
+    assert sum(map(sum, found["largest_micro_batch"])) == largest.tokens
+    assert found["fits"]
+
+
+def test_a_gpu_in_the_configuration_is_not_needed(capsys, model_dir, rows_file):
+    gpus = ("--trainer.accelerator", "gpu", "--trainer.devices", "4", "--trainer.num_nodes", "2")
+    found = plan(capsys, model_dir, *data(rows_file), *gpus, "--trainer.precision", "bf16-true", "--utilisation", "0.5")
+    assert (found["device"], found["devices"], found["peak_flops"]) == ("H100", 8, 989.4e12)
+    assert found["seconds_a_step"] == pytest.approx(found["flops_a_step"] / (0.5 * 8 * 989.4e12))
+
+
+def test_no_weight_is_read(capsys, tmp_path):
+    """A folder with a configuration only; without a tokenizer rows are taken to be full."""
+    tiny_config().save_pretrained(tmp_path)
+    found = plan(capsys, tmp_path, *data(tmp_path / "none.jsonl"), "--device", "h200", "--trainer.max_steps", "7")
+    assert found["source"].startswith("assumed, every row full to max_length and supervised: cannot load the tokenizer")
+    assert found["tokens_a_step"] == 8 * 200
+    assert found["largest_micro_batch"] == [[200]] * 3
+    assert (found["micro_batches"], found["steps"]) == (3, 7)
+
+
+def test_what_does_not_fit_gets_a_setting_that_does(capsys, model_dir, rows_file):
+    args = [*data(rows_file), "--device", "cpu", "--memory_gib"]
+    all_of_it = plan(capsys, model_dir, *args, 1)
+    tight = plan(capsys, model_dir, *args, (all_of_it["peak_memory"] - 1) / GIB)
+    assert not tight["fits"]
+    assert tight["advice"] == "--model.activation_checkpointing selective"
+    hopeless = plan(capsys, model_dir, *args, 1000 / GIB)
+    assert (hopeless["fits"], hopeless["advice"]) == (False, None)
+
+
+def test_the_table_and_its_last_line(capsys, model_dir, rows_file):
+    args = ["plan", "--model.model_name", str(model_dir), "--model.weighting", "DFT", *map(str, data(rows_file))]
+    assert main([*args, "--device", "a100"]) == 0
+    said = capsys.readouterr().out
+    for part in ("1 × A100 with 79.0 GiB", "memory: peak", "time, an estimate", "26 rows of the data, as tokenised"):
+        assert part in said
+    assert said.splitlines()[-1].startswith("fits: 1.5 of 79.0 GiB")
+    assert main([*args, "--device", "a100", "--memory_gib", "0.1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: 1.5 of 0.1 GiB")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--device", "abacus"], "--device 'abacus' is not known: give --memory_gib and --throughput.peak_flops"),
+        (["--utilisation", "40"], "--utilisation is 40.0; expected a share of the peak"),
+    ],
+)
+def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
+    given = [
+        "plan",
+        "--model.model_name",
+        str(model_dir),
+        "--model.weighting",
+        "DFT",
+        *map(str, data(rows_file)),
+        *args,
+    ]
+    assert main(["plan", *given]) == 2
+    assert said in capsys.readouterr().err
