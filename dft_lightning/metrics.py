@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _NAMES = ("objective", "units", "nll", "tokens", "weight", "weight_squared", "p", "top1")
 
 
-def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats") -> Tensor:
+def token_sums(loss: Tensor, units: int, tokens: "TokenStats") -> Tensor:
     """Sums of one micro-batch, (8,) in float64, in the order of `_NAMES`.
 
     Args:
@@ -22,11 +22,12 @@ def token_sums(loss: Tensor, units: Tensor, tokens: "TokenStats") -> Tensor:
     """
     weight = tokens.need("weight").double()
     right = (tokens.rank == 0).sum() if tokens.rank is not None else torch.zeros_like(loss)
+    known = torch.tensor([units, len(tokens)], dtype=torch.float64).to(loss.device, non_blocking=True)
     values = [
         loss.detach(),
-        units,
+        known[0],
         -tokens.logp.sum(dtype=torch.float64),
-        torch.tensor(len(tokens), device=loss.device),
+        known[1],
         weight.sum(),
         weight.square().sum(),
         tokens.p.sum(dtype=torch.float64),

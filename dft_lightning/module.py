@@ -13,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.compilation import compile_layers, rehearse
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
+from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
@@ -42,7 +44,9 @@ class FineTuner(WeightedModule):
         dtype: of the weights; auto means that of trainer.precision where it ends in "-true", else float32.
         attn_implementation: sdpa, eager, varlen (ours, for packed rows), flash_attention_2, …; by default what
             transformers chooses.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, up to a third more time.
+        activation_checkpointing: what the backward pass computes again in place of keeping it. selective: all but
+            matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
+        compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
         reference: where the reference log-probabilities of a weighting come from: a cache on disk, computed once from
             the initial model, or the model with its adapter off. auto takes the adapter where there is one.
@@ -64,7 +68,8 @@ class FineTuner(WeightedModule):
         warmup_ratio: float = 0.1,
         dtype: Precision = "auto",
         attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
+        activation_checkpointing: Recomputation = "none",
+        compile: bool = False,
         lora: LoRA | None = None,
         reference: Reference = "auto",
         tokenizer_name: str | None = None,
@@ -86,15 +91,24 @@ class FineTuner(WeightedModule):
         self.normalize, self.dtype_choice, self.chat_template = normalize, dtype, chat_template
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.tokenizer_name, self.reference = tokenizer_name, reference
-        self.gradient_checkpointing = gradient_checkpointing
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.chunk_rows = chunk_rows
         self.step = StepInTheMaking(normalize, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
+        self._layers_ready = False
         self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
         _refuse(self)
+
+    def setup(self, stage: str) -> None:
+        """Compiled layers want batches of one shape, before any is made."""
+        if stage == "fit" and self.compile_layers:
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if getattr(getattr(data, "options", None), "packing", None) is not True:
+                raise UserError("model.compile needs batches of one shape: set --data.packing true")
+            data.fixed_shape = True
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """One micro-batch: its loss is a sum, divided in `on_before_optimizer_step`."""
@@ -175,7 +189,22 @@ class FineTuner(WeightedModule):
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()
+        self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
+
+    def _prepare_layers(self, data: "ChatDataModule | None") -> None:
+        """Recomputation and compilation, once."""
+        if self._layers_ready:
+            return
+        self._layers_ready = True
+        decoder = self._network.base.get_decoder()
+        recompute(decoder, self.activation_checkpointing)
+        if self.compile_layers:
+            assert data is not None  # see `setup`
+            rank_zero_info("Compiling the decoder's layers, once …")
+            compile_layers(decoder)
+            for batch in data.samples():
+                rehearse(self._network, batch.to(self.device), self.trainer.precision_plugin.forward_context())
 
     def on_train_start(self) -> None:
         """After a resume: the run's own learning rate and other settings are in force, and what has changed is said."""

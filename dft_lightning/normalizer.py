@@ -5,10 +5,13 @@ step (all micro-batches, all ranks), before clipping. So micro-batch size, accum
 rounding.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dft_lightning.data.batch import Batch
 
 Normalize = Literal["tokens", "sequences", "micro_batch"]
 """By what a step's loss is divided.
@@ -20,24 +23,21 @@ depends on the micro-batch size.
 """
 
 
-def token_factor(normalize: Normalize, sequence: Tensor) -> Tensor | None:
-    """n_t (N,) for tokens of the sequences `sequence` (N,) of one micro-batch, float64; None where it is 1."""
+def token_factor(normalize: Normalize, batch: "Batch") -> Tensor | None:
+    """n_t (N,) for the supervised tokens of a micro-batch, float64; None where it is 1."""
     if normalize == "tokens":
         return None
+    place = batch.sequence.device
     if normalize == "micro_batch":
-        return torch.full(sequence.shape, 1.0 / max(len(sequence), 1), dtype=torch.float64, device=sequence.device)
-    return 1.0 / torch.bincount(sequence).to(torch.float64)[sequence]
+        return torch.full(batch.sequence.shape, 1.0 / max(sum(batch.counts), 1), dtype=torch.float64, device=place)
+    each = torch.tensor(batch.counts, dtype=torch.float64, device=place).clamp(min=1)
+    return 1.0 / each[batch.sequence]
 
 
-def units(normalize: Normalize, sequence: Tensor) -> Tensor:
-    """How many units a micro-batch adds to the divisor, (), float64: its tokens, its sequences, or itself."""
-    if normalize == "tokens":
-        count = torch.tensor(len(sequence), device=sequence.device)
-    elif normalize == "sequences":
-        count = torch.bincount(sequence).count_nonzero()
-    else:
-        count = torch.tensor(min(len(sequence), 1), device=sequence.device)
-    return count.to(torch.float64)
+def units(normalize: Normalize, batch: "Batch") -> int:
+    """How many units a micro-batch adds to the divisor: its tokens, its sequences that have any, or itself."""
+    with_tokens = sum(count > 0 for count in batch.counts)
+    return {"tokens": sum(batch.counts), "sequences": with_tokens, "micro_batch": min(with_tokens, 1)}[normalize]
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:

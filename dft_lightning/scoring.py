@@ -47,7 +47,6 @@ class WeightedModule(pl.LightningModule):
     dtype_choice: Precision
     chat_template: str | None
     tokenizer_name: str | None
-    gradient_checkpointing: bool
     reference: Reference
     chunk_rows: int | None
 
@@ -62,7 +61,7 @@ class WeightedModule(pl.LightningModule):
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
         self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
-        self._validated: list[tuple[TokenStats, Tensor | None, Tensor]] = []
+        self._validated: list[tuple[TokenStats, Tensor | None, int]] = []
 
     @property
     def model(self) -> Any:
@@ -96,8 +95,6 @@ class WeightedModule(pl.LightningModule):
         self.source.dtype = self._weights_dtype()
         self.network = WeightedLM(self.initial_model())
         self.is_initial = True
-        if self.gradient_checkpointing:
-            self._network.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def initial_model(self) -> Any:
         """The model as it is before any training, adapters included."""
@@ -130,7 +127,7 @@ class WeightedModule(pl.LightningModule):
         loss, tokens = self._network(
             batch,
             self.weighting,
-            factor=token_factor(self.normalize, batch.sequence),
+            factor=token_factor(self.normalize, batch),
             progress=self.progress,
             wanted=wanted,
             ref_logp=self._ref_logp(batch),
@@ -207,11 +204,11 @@ class WeightedModule(pl.LightningModule):
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Add a batch to the means over the whole validation set."""
         if self.weighting.scope == "step":  # the set is the step
-            tokens, factor = self._unweighted(batch, frozenset({"rank"})), token_factor(self.normalize, batch.sequence)
-            self._validated.append((tokens, factor, units(self.normalize, batch.sequence)))
+            tokens, factor = self._unweighted(batch, frozenset({"rank"})), token_factor(self.normalize, batch)
+            self._validated.append((tokens, factor, units(self.normalize, batch)))
             return
         loss, tokens = self.score(batch, frozenset({"rank"}))
-        self.means.update(token_sums(loss, units(self.normalize, batch.sequence), tokens))
+        self.means.update(token_sums(loss, units(self.normalize, batch), tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""

@@ -1,6 +1,7 @@
 """One optimizer step as it is put together from micro-batches: normalised once, clipped, skipped if it is no use."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,11 +30,14 @@ class StepInTheMaking:
         self.normalize, self.skipped = normalize, SkippedSteps(max_skipped)
         self._sums: Tensor | None = None
         self._norm = torch.zeros(())
+        self.wishes: dict[str, Callable[[], bool]] = {}
+        """Asked on each rank at each step, by name; what any rank wishes is in `wished` on all of them."""
+        self.wished: frozenset[str] = frozenset()
 
     def add(self, loss: Tensor, batch: "Batch", tokens: "TokenStats") -> None:
         """Count a micro-batch."""
         self.skipped.see(batch, tokens)
-        sums = token_sums(loss, units(self.normalize, batch.sequence), tokens)
+        sums = token_sums(loss, units(self.normalize, batch), tokens)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def normalise(self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter]) -> None:
@@ -42,7 +46,10 @@ class StepInTheMaking:
         Lightning has divided each loss by the accumulation and averages gradients over ranks; both are undone here.
         """
         assert self._sums is not None
-        self._sums = cast(Tensor, trainer.strategy.reduce(self._sums, reduce_op="sum"))
+        wishes = torch.tensor([float(wish()) for wish in self.wishes.values()], dtype=self._sums.dtype)
+        mine = torch.cat([self._sums, wishes.to(self._sums.device, non_blocking=True)])
+        together = cast(Tensor, trainer.strategy.reduce(mine, reduce_op="sum"))
+        self._sums, self._wishes = together.tensor_split([len(self._sums)])
         factor = trainer.world_size * trainer.accumulate_grad_batches / units_of(self._sums).clamp(min=1)
         scale_gradients(list(parameters), factor)
 
@@ -51,7 +58,9 @@ class StepInTheMaking:
     ) -> None:
         """Clip the normalised gradient; take it away if the step cannot be used.
 
-        An optimizer leaves a parameter without a gradient, and its own state of it, as they are.
+        An optimizer leaves a parameter without a gradient, and its own state of it, as they are. Here the host waits
+        for the device, once a step: whether there is a step at all is decided on the host, and everything that is
+        logged of it comes along.
         """
         assert self._sums is not None
         given = [parameter for parameter in parameters if parameter.grad is not None]
@@ -61,9 +70,12 @@ class StepInTheMaking:
             torch.nn.utils.clip_grads_with_norm_(given, value, self._norm)
         elif value:
             torch.nn.utils.clip_grad_value_(given, value)
-        loss = token_means(self._sums)["objective"]
-        finite = bool(torch.isfinite(self._norm) & torch.isfinite(loss))
-        self.skipped.judge(finite, trainer, {} if finite else {"norm": self._norm.item(), "loss": loss.item()})
+        facts = [self._sums, self._wishes, self._norm[None].to(self._sums)]
+        self._sums, wishes, self._norm = _together(facts)
+        self.wished = frozenset(name for name, wish in zip(self.wishes, wishes.tolist(), strict=True) if wish)
+        loss, norm = float(token_means(self._sums)["objective"]), float(self._norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped.judge(finite, trainer, {} if finite else {"norm": norm, "loss": loss})
         if not finite:
             for parameter in given:
                 parameter.grad = None
@@ -73,11 +85,16 @@ class StepInTheMaking:
         assert self._sums is not None
         values = {name: value for name, value in token_means(self._sums).items() if name != "top1"}
         values["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
-        values["grad_norm"] = self._norm.double()
+        values["grad_norm"] = self._norm[0]
         if self.skipped.this_one:
             values = {name: value for name, value in values.items() if bool(torch.isfinite(value))}
         self._sums = None
         return values | {"skipped_steps": torch.tensor(float(self.skipped.total))}
+
+
+def _together(parts: list[Tensor]) -> Sequence[Tensor]:
+    """The same tensors (…,) on the host, by one copy."""
+    return torch.split_with_sizes(torch.cat(parts).cpu(), [len(part) for part in parts])
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

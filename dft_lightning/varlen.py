@@ -6,6 +6,7 @@ varying length (half precision, no further package), else document by document.
 Shapes: A attention heads, K key-value heads, T positions of all rows together, E width of a head.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -62,7 +63,9 @@ def attend(
         out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=span, enable_gqa=True)
         assert isinstance(out, Tensor)
     else:
-        out = _one_by_one(q, k, v, cu_seq_lens_q, scaling, dropout, window)
+        whole = torch.compiler.is_compiling() and not dropout and query.device.type == "cpu"
+        call = _opaque if whole else _one_by_one
+        out = call(q, k, v, cu_seq_lens_q, scaling, dropout, window)
     return out.view(rows, width, *out.shape[1:]), None
 
 
@@ -72,15 +75,106 @@ def _one_by_one(
     """(T, A, E), a call a document."""
     grouped = q.shape[1] != k.shape[1]
     parts = []
-    for start, end in pairwise(borders.tolist()):
-        query, key, value = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # (1, A, t, E), (1, K, t, E)
+    for own in _slices(borders):
+        query, key, value = (x[own].transpose(0, 1)[None] for x in (q, k, v))  # (1, A, t, E), (1, K, t, E)
         near = None
-        if window is not None and end - start > window:
-            place = torch.arange(end - start, device=query.device)
-            apart = place[:, None] - place
-            near = (apart >= 0) & (apart < window)
+        if window is not None and own.stop - own.start > window:
+            near = _near(own.stop - own.start, window, query.device)
         out = F.scaled_dot_product_attention(
             query, key, value, near, dropout, is_causal=near is None, scale=scaling, enable_gqa=grouped
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+def _near(size: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a query sees, (t, t): itself and the window − 1 before it."""
+    place = torch.arange(size, device=device)
+    apart = place[:, None] - place
+    return (apart >= 0) & (apart < window)
+
+
+def _opaque(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float | None, _dropout: float, window: int | None
+) -> Tensor:
+    """`_one_by_one` on a CPU as one operator, for compiled code: that cannot depend on how many documents there are."""
+    if torch.is_autocast_enabled("cpu"):  # an operator of one's own is not cast by itself
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    out: Tensor = _attend(q, k, v, borders, scaling, window)[0]
+    return out
+
+
+@torch.library.custom_op("dft_lightning::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(T, A, E), and the log-sum-exp (T, A) that the backward pass wants."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for own in _slices(borders):
+        made, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(x[own].transpose(0, 1)[None] for x in (q, k, v)), **_options(own, q, scaling, window)
+        )
+        out[own], lse[own] = made[0].transpose(0, 1), total[0].T
+    return out, lse
+
+
+@torch.library.custom_op("dft_lightning::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    borders: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for own in _slices(borders):
+        made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x[own].transpose(0, 1)[None] for x in (grad, q, k, v, out)),
+            lse[own].T[None],
+            **_options(own, q, scaling, window),
+        )
+        for gradient, part in zip((dq, dk, dv), made, strict=True):
+            gradient[own] = part[0].transpose(0, 1)
+    return dq, dk, dv
+
+
+def _slices(borders: Tensor) -> Iterator[slice]:
+    """The documents that are not empty."""
+    return (slice(start, end) for start, end in pairwise(borders.tolist()) if start < end)
+
+
+def _options(own: slice, q: Tensor, scaling: float | None, window: int | None) -> dict[str, Any]:
+    size = own.stop - own.start
+    far = None if window is None or size <= window else ~_near(size, window, q.device)
+    mask = None if far is None else torch.zeros(size, size, dtype=q.dtype).masked_fill_(far, -torch.inf)
+    return {"dropout_p": 0.0, "is_causal": mask is None, "attn_mask": mask, "scale": scaling}
+
+
+@_attend.register_fake
+def _attend_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@_attend_backward.register_fake
+def _attend_backward_shapes(
+    _grad: Tensor, _out: Tensor, _lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scaling, ctx.window = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return (*_attend_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)

@@ -163,3 +163,29 @@ def test_the_proof_leaves_the_training_mode_as_it_was():
     lm = WeightedLM(tiny_model().train())
     lm.check_borders()
     assert lm.model.training
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_for_compiled_code_is_the_plain_call(dtype, window):
+    """The same kernels in both, so that they differ by the order in which a shared key's gradients are added."""
+    torch.manual_seed(0)
+    borders = torch.tensor([0, 9, 10, 10, 24, 41, 41], dtype=torch.int32)  # two empty documents
+    found = []
+    q, k, v = torch.randn(41, 4, 8), torch.randn(41, 2, 8), torch.randn(41, 2, 8)
+    for call in (varlen._one_by_one, varlen._opaque):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = call(*given, borders, 0.3, 0.0, window)
+        out.backward(torch.ones_like(out).cumsum(0) / 41)
+        found.append([out, *(x.grad for x in given)])
+    for plain, ours in zip(*found, strict=True):
+        assert (ours - plain).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()
+
+
+def test_the_operator_says_its_shapes_and_gradients_rightly():
+    torch.manual_seed(0)
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    arguments = [torch.randn(12, 2, 8, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(
+        varlen._attend, (*arguments, borders, 0.3, None), test_utils=("test_schema", "test_faketensor")
+    )

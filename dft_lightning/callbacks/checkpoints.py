@@ -15,6 +15,9 @@ from dft_lightning.errors import UserError
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
 
+#: Asked with each optimizer step, so that it takes no message of its own.
+_WISH = "save the last state: it is time"
+
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
     """Where a run's checkpoints are."""
@@ -57,6 +60,7 @@ class Checkpoints(Checkpoint):
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
         self._due = self._stop = False
+        cast("FineTuner", pl_module).step.wishes[_WISH] = self._is_late
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
 
@@ -78,14 +82,16 @@ class Checkpoints(Checkpoint):
         if skipped.too_many:
             self._save(trainer, "stopped")
             return
-        late = time.monotonic() - self._saved_time > 60 * self.every_minutes
-        late = trainer.strategy.reduce_boolean_decision(late, all=False)
+        late = _WISH in cast("FineTuner", pl_module).step.wished  # of one rank's clock, and known to all of them
         self._due |= step % self.every_n_steps == 0 or late
         self._now = (
             (self._due and not skipped.in_a_row) or _stops(trainer) or step == cast("FineTuner", pl_module).total_steps
         )
         if self._now and not _validates_now(trainer):
             self._save(trainer, "last")
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._saved_time > 60 * self.every_minutes
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save where another callback ends the training now."""

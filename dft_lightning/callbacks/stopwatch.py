@@ -55,8 +55,10 @@ class Stopwatch:
                 self._left_out += self._clock() - stopped
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them were spent waiting for batches."""
-        self._settle()
+        """Seconds since the last lap, and how many of them were spent waiting for batches.
+
+        The device is not waited for: each optimizer step does so once, always at the same place (`step.py`).
+        """
         now = self._clock()
         began = now if self._began is None else self._began
         seconds, waited = now - began - self._left_out, self._waited

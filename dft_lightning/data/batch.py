@@ -101,6 +101,8 @@ class Collator:
         stage: which of them are this collator's.
         packed: whether a row may have several sequences; the batch then says where each begins.
         width: positions of a row; by default as many as the longest needs.
+        fixed: rows of every batch, and documents that it can have, so that all tensors the model reads always have one
+            shape; by default as many as there are. `longest` then is `width`.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class Collator:
         stage: str = "train",
         packed: bool = False,
         width: int | None = None,
+        fixed: tuple[int, int] | None = None,
     ) -> None:
+        self.fixed = fixed
         self.pad_id = pad_id
         self.references = {} if references is None else references
         self.stage = stage
@@ -120,8 +124,9 @@ class Collator:
         """Rows of sequences with `row`, `input_ids` (T_i,) and `supervised` (T_i,), the latter not shifted yet."""
         lengths = [[len(sequence["input_ids"]) for sequence in row] for row in rows]
         longest = max((sum(row) for row in lengths), default=1)
-        width = self.width if self.width is not None and rows else longest
-        ids = np.full((max(len(rows), 1), width), self.pad_id, dtype=np.int64)  # no rows: one padded position
+        width = self.width if self.width is not None and (rows or self.fixed) else longest
+        height = max(len(rows), 1) if self.fixed is None else self.fixed[0]
+        ids = np.full((height, width), self.pad_id, dtype=np.int64)  # no rows: one padded position, if none is fixed
         flat, target, number, position = [], [], [], []
         sequences = [sequence for row in rows for sequence in row]
         for index, (sequence, start) in enumerate(zip(sequences, _starts(lengths, width), strict=True)):
@@ -142,7 +147,7 @@ class Collator:
             counts=list(map(len, target)),
             lengths=[size for row in lengths for size in row],
             ref_logp=self._reference(sequences),
-            **(_borders(lengths, ids.shape) if self.packed else {}),
+            **(_borders(lengths, ids.shape, self.fixed and self.fixed[1]) if self.packed else {}),
         )
 
     def _reference(self, sequences: Sequence[Mapping[str, Any]]) -> Tensor | None:
@@ -157,17 +162,21 @@ def _starts(lengths: list[list[int]], width: int) -> list[int]:
     return [index * width + sum(row[:place]) for index, row in enumerate(lengths) for place in range(len(row))]
 
 
-def _borders(lengths: list[list[int]], shape: tuple[int, ...]) -> dict[str, Any]:
-    """What tells attention where documents begin and end; a row's padding is a document of its own."""
+def _borders(lengths: list[list[int]], shape: tuple[int, ...], most: int | None) -> dict[str, Any]:
+    """What tells attention where documents begin and end; a row's padding is a document of its own.
+
+    Filled up to `most` documents by empty ones.
+    """
     rows, width = shape
     filled = [*lengths, *[[] for _ in range(rows - len(lengths))]]
     documents = np.array([size for row in filled for size in (*row, width - sum(row)) if size], dtype=np.int64)
     ends = np.cumsum(documents)
     positions = np.arange(rows * width) - np.repeat(ends - documents, documents)
+    empty = np.full(max((most or 0) - len(ends), 0), rows * width)
     return {
         "position_ids": torch.from_numpy(positions.reshape(rows, width)),
-        "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        "longest": int(documents.max()),
+        "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends, empty]).astype(np.int32)),
+        "longest": int(documents.max()) if most is None else width,
     }
 
 

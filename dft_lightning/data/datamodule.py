@@ -110,6 +110,8 @@ class ChatDataModule(pl.LightningDataModule):
         self.test_rows: TokenizedRows | None = None
         self.reference: dict[str, Any] = {}
         """log-probabilities under the reference, by stage ("train", "val", "test") and row; see `Collator`."""
+        self.fixed_shape = False
+        """Whether all training batches are to have one shape (packed rows only); a module that compiles sets this."""
         self._rows_reader: StageRows | None = None
         self._sampler: StepSampler | None = None
         self._resume = {"epoch": 0, "steps": 0}
@@ -227,6 +229,12 @@ class ChatDataModule(pl.LightningDataModule):
         sequences, collate = _Sequences(self._rows("train")), self._collator(self.sampler(), "train")
         return [collate([sequences[row] for row in rows]) for rows in self.sampler().step(epoch, number)]
 
+    def samples(self) -> "list[Batch]":
+        """Training batches of every kind that a model may tell apart: without sequences, and with two in a row."""
+        collate = Collator(packed=True, width=self.layout.width, fixed=self._fixed(self.sampler(), "train"))
+        pair = [{"row": -1, "input_ids": [0, 0], "supervised": [False, True]}] * 2
+        return [collate([]), collate([pair])]
+
     def val_dataloader(self) -> "DataLoader[Batch] | list[Any]":
         """All validation rows once; in a fit, nothing where there are none."""
         if self.val_rows is None and self.trainer is not None and self.trainer.state.fn == "validate":
@@ -275,7 +283,13 @@ class ChatDataModule(pl.LightningDataModule):
     def _collator(self, sampler: StepSampler, stage: str) -> Collator:
         pad = self._stage_rows.tokenizer.pad_token_id
         packed = isinstance(sampler.layout, Packed)
-        return Collator(0 if pad is None else pad, self.reference, stage, packed, sampler.layout.width)
+        width, fixed = sampler.layout.width, self._fixed(sampler, stage)
+        return Collator(0 if pad is None else pad, self.reference, stage, packed, width, fixed)
+
+    def _fixed(self, sampler: StepSampler, stage: str) -> tuple[int, int] | None:
+        rows = sampler.geometry.micro_batch_size
+        is_fixed = self.fixed_shape and stage == "train" and sampler.layout.width is not None
+        return (rows, rows * (sampler.fullest + 1)) if is_fixed else None
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 

@@ -66,17 +66,21 @@ class StepSampler:
     start: int = 0
 
     def __post_init__(self) -> None:
-        self.micro_batches = max([1, *map(self.geometry.rounds, self._rows_of_steps())])
+        counted = list(self._rows_of_steps())
+        self.micro_batches = max([1, *(self.geometry.rounds(rows) for rows, _ in counted)])
         """Micro-batches a rank has in each step: as many as the step with the most rows needs."""
+        self.fullest = max((most for _, most in counted), default=1)
+        """Sequences of the row that has most."""
 
-    def _rows_of_steps(self) -> Iterator[int]:
-        """How many rows each step of the run has, or the most of them where that is known."""
+    def _rows_of_steps(self) -> Iterator[tuple[int, int]]:
+        """How many rows each step of the run has, and the most sequences of one; or bounds where they are known."""
         if isinstance(self.layout, Padded):
-            yield min(self.geometry.global_batch_size, len(self.lengths))
+            yield min(self.geometry.global_batch_size, len(self.lengths)), 1
             return
         for epoch in range(self.epochs):
             for number in range(self.steps):
-                yield len(self.rows(epoch, number))
+                rows = self.rows(epoch, number)
+                yield len(rows), max(map(len, rows))
 
     @property
     def steps(self) -> int:

@@ -84,7 +84,7 @@ class TokenStats:
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """Σ of `values` (N,) over each token's sequence, repeated for each of its tokens (N,)."""
-        _, group = torch.unique(self.sequence, return_inverse=True)
+        group = _groups(self.sequence)
         return torch.zeros_like(values).index_add_(0, group, values)[group]
 
     def sequence_mean(self, values: Tensor) -> Tensor:
@@ -98,6 +98,15 @@ class TokenStats:
         names = parts[0].tensors()
         joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return replace(parts[0], **joined)
+
+
+def _groups(ids: Tensor) -> Tensor:
+    """Numbers (N,) from 0 for the different values in `ids` (N,); unlike `unique` without waiting for the device."""
+    order = ids.argsort(stable=True)
+    inner = ids[order]
+    numbers = torch.zeros_like(order)
+    numbers[1:] = (inner[1:] != inner[:-1]).cumsum(0)
+    return torch.empty_like(order).scatter_(0, order, numbers)
 
 
 class TokenWeighting(ABC):

@@ -1,0 +1,58 @@
+"""`torch.compile` of a decoder's layers, one by one, for batches that all have one shape.
+
+All layers share what is compiled, so that it takes seconds and not minutes. Only the pass that makes gradients is
+compiled: validation has other shapes. The loss and the embedding stay outside.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dft_lightning.errors import UserError
+from dft_lightning.recomputation import layers_of
+from dft_lightning.weighting import Uniform
+
+if TYPE_CHECKING:
+    from dft_lightning.data.batch import Batch
+    from dft_lightning.models import WeightedLM
+
+#: No shape may become a variable, and dropout draws what it draws without compilation.
+_OPTIONS: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": {"fallback_random": True}}
+
+
+def compile_layers(decoder: nn.Module) -> None:
+    """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step."""
+    for layer in layers_of(decoder):
+        layer.forward = _chosen(layer, layer.forward, torch.compile(layer.forward, **_OPTIONS))
+
+
+def _chosen(layer: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        chosen = compiled if layer.training and torch.is_grad_enabled() else plain
+        return chosen(*args, **kwargs)
+
+    return run
+
+
+def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextManager[Any]) -> None:
+    """Compile forward and backward for batches of this shape; leaves no gradient behind.
+
+    Raises:
+        UserError: the model's layers cannot be compiled here.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        with torch.enable_grad(), precision:
+            loss, _ = network(batch, Uniform())
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # dynamo, inductor and the compilers below them share no class of error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.compile: the layers of {type(network.base).__name__} cannot be compiled here: {reason} — set "
+            "--model.compile false, or another --model.attn_implementation"
+        ) from error

@@ -1,0 +1,92 @@
+"""When the Triton row step is used, what it refuses, and its cases in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_truth import BUILT_IN, Mine
+
+from dft_lightning.logprob import LogitTransform, kernel
+from dft_lightning.weighting import DFT, ImportanceWeighted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_cases_in_the_interpreter():
+    """Whether or not there is a GPU, and whether or not this process has imported triton already."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    cases = Path(__file__).with_name("test_kernel_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+
+def test_which_weightings_are_fused():
+    assert all(kernel.fuses(weighting) for weighting in BUILT_IN)
+    assert not kernel.fuses(Mine())
+    assert not kernel.fuses(ImportanceWeighted())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weighting": Mine()}, "does not know Mine"),
+        ({"weighting": ImportanceWeighted(level="token"), "ref_logp": None}, "needs ref_logp"),
+        ({"names": ["mystery"]}, r"unknown statistics \['mystery'\]"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.float64)}, "float64 logits; expected"),
+        ({"logits": torch.zeros(3, 2).T}, r"strides \(1, 2\)"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.bfloat16), "dtype": torch.float32}, "does not fit"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(change, message):
+    given = {
+        "logits": torch.zeros(2, 3),
+        "target": torch.zeros(2, dtype=torch.long),
+        "weighting": DFT(),
+        "factor": None,
+        "ref_logp": None,
+        "transform": LogitTransform(),
+        "names": (),
+        "dtype": torch.float32,
+    }
+    with pytest.raises(ValueError, match=message):
+        kernel.fused_(**(given | change))
+
+
+class TestUnsuitable:
+    """Each reason, and that it is said instead of raised."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        kernel._unsuitable.cache_clear()
+        yield
+        kernel._unsuitable.cache_clear()
+
+    def test_wrong_device(self, monkeypatch):
+        assert kernel.unsuitable(torch.device("cuda")) == "the tensors are on cuda and TRITON_INTERPRET is set"
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert kernel.unsuitable(torch.device("cpu")) == "the tensors are on cpu"
+
+    def test_no_triton(self, monkeypatch):
+        monkeypatch.setattr(kernel, "find_spec", lambda _: None)
+        assert kernel.unsuitable(torch.device("cpu")) == "triton is not installed"
+
+    def test_an_old_gpu(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        assert "compute capability 7.5; the kernel needs 8.0" in kernel.unsuitable(torch.device("cuda"))
+
+    def test_a_broken_triton_is_tried_once(self, monkeypatch):
+        tries = []
+        monkeypatch.setattr(kernel, "find_spec", lambda _: "there")
+        monkeypatch.setattr(kernel, "_functions", lambda: tries.append(1) or 1 / 0)
+        for _ in range(2):
+            assert kernel.unsuitable(torch.device("cpu")) == (
+                "a first try of triton failed: ZeroDivisionError: division by zero"
+            )
+        assert len(tries) == 1
