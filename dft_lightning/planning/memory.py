@@ -40,6 +40,7 @@ class Load:
         cuda: whether these are GPUs.
         capacity: bytes of each.
         chunk_rows: as `model.chunk_rows`.
+        fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
     """
 
     config: Any
@@ -54,6 +55,7 @@ class Load:
     cuda: bool
     capacity: int
     chunk_rows: int | None = None
+    fused: bool = False
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
@@ -157,5 +159,6 @@ def _optimizer(load: Load, trained: list[nn.Parameter]) -> tuple[int, int]:
         made = nbytes(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
         states += made / nbytes([small]) * nbytes(p for p in trained if p.dtype == dtype)
         defaults = optimizer.defaults
-        foreach = load.cuda and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
+        plain = load.cuda and not load.fused and not defaults.get("fused")
+        foreach = plain and "foreach" in defaults and defaults["foreach"] is not False
     return int(states), nbytes(trained) if foreach else 0

@@ -155,7 +155,7 @@ def _flops(network: WeightedLM) -> tuple[ModelFlops | None, str]:
 
 def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
     """The recomputation that the module asks for, and what a device then needs."""
-    asked = "full" if module.gradient_checkpointing else "none"
+    asked: str = module.activation_checkpointing
     kinds = KINDS if asked == "auto" else [kind for kind in KINDS if kind == asked]
     for kind in kinds:
         need = memory(load, kind)
@@ -175,9 +175,13 @@ def _advice(load: Load, kind: Recomputation, data: SimpleNamespace) -> tuple[str
 
 def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator[tuple[str, Load, Recomputation]]:
     """Settings that need less, from the one that costs least: options, load, recomputation."""
+    fused = _fused(load)
+    if fused:
+        load = replace(load, fused=True)
+        yield fused.strip(), load, kind
     for other in KINDS[KINDS.index(kind) + 1 :]:
-        yield f"--model.activation_checkpointing {other}", load, other
-    full, rows, smaller = "--model.activation_checkpointing full", data.micro_batch_size, load
+        yield f"{fused}--model.activation_checkpointing {other}", load, other
+    full, rows, smaller = f"{fused}--model.activation_checkpointing full", data.micro_batch_size, load
     while rows > 1:
         rows //= 2
         smaller = replace(load, shape=_fewer(load.shape, rows, data), accumulates=True)
@@ -189,7 +193,14 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
     if load.lora is None:
         for other in KINDS[KINDS.index(kind) :]:
             added = "" if other == kind else f" --model.activation_checkpointing {other}"
-            yield f"--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
+            yield f"{fused}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
+
+
+def _fused(load: Load) -> str:
+    """The option by which the optimizer's step would hold nothing beside, where it has one."""
+    known = load.optimizer([torch.nn.Parameter(torch.zeros(1, 1))]).defaults
+    possible = load.cuda and known.get("fused", True) is None and load.precision != "16-mixed"
+    return "--model.optimizer.fused true " if possible else ""
 
 
 def _fewer(shape: MicroBatch, rows: int, data: SimpleNamespace) -> MicroBatch:

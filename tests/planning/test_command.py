@@ -73,6 +73,18 @@ def test_what_does_not_fit_gets_a_setting_that_does(capsys, model_dir, rows_file
     assert (hopeless["fits"], hopeless["advice"]) == (False, None)
 
 
+def test_a_fused_optimizer_is_tried_first_on_a_gpu(capsys, model_dir, rows_file):
+    """A step of AdamW over all weights at once holds them once more."""
+    args = [*data(rows_file, micro_batch_size=1, max_length=32), "--device", "a100"]
+    usual = plan(capsys, model_dir, *args)
+    step = usual["memory"]["optimizer's step"]
+    assert step == usual["memory"]["gradients"]
+    fused = plan(capsys, model_dir, *args, "--model.optimizer.fused", "true")
+    assert fused["memory"]["optimizer's step"] == 0
+    tight = plan(capsys, model_dir, *args, "--memory_gib", (usual["peak_memory"] - 1) / GIB)
+    assert tight["advice"].startswith("--model.optimizer.fused true")
+
+
 def test_the_table_and_its_last_line(capsys, model_dir, rows_file):
     args = ["plan", "--model.model_name", str(model_dir), "--model.weighting", "DFT", *map(str, data(rows_file))]
     assert main([*args, "--device", "a100"]) == 0
@@ -93,7 +105,6 @@ def test_the_table_and_its_last_line(capsys, model_dir, rows_file):
 )
 def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
     given = [
-        "plan",
         "--model.model_name",
         str(model_dir),
         "--model.weighting",
