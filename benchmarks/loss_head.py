@@ -3,7 +3,8 @@
     python benchmarks/loss_head.py [--shape smollm2-135m --tokens 4096 --dtype float32 --repeat 3] [--only NAME …]
 
 The limit (floor) is the three matrix products of the loss, logits, dX and dW, in chunks, measured in the same process
-around every run; figures are ratios to it. Products have bfloat16 factors and float32 results with --dtype bfloat16.
+around every run; figures are ratios to it. With --dtype bfloat16, products have bfloat16 factors, and float32 logits
+but where it says otherwise: there, and for the rivals, the floor's logits are bfloat16 too.
 Memory is the peak beyond hidden states, head and targets. A rival that cannot run here is named with its reason.
 """
 
@@ -16,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dft_lightning.logprob import weighted_nll
-from dft_lightning.logprob.passes import Factor, default_rows, fast_products, product_
+from dft_lightning.logprob.products import Factor, Precision, default_rows, fast_products, product_
 from dft_lightning.weighting import DFT, TokenStats, TokenWeighting, Uniform
 
 SHAPES = {
@@ -106,6 +106,8 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
     "ours, DFT, all statistics": ours(DFT(), ("entropy", "topk_entropy", "collision", "rank")),
     "ours, sequence, one pass": ours(Sentence()),
     "ours, sequence, two passes": ours(Sentence(), chunk_rows=SEQUENCE - 1),
+    "ours, DFT, bfloat16 logits": ours(DFT(), logits=torch.bfloat16),
+    "ours, sequence, bfloat16 logits": ours(Sentence(), logits=torch.bfloat16),
     "dense, DFT": dense,
     "torch.compile of dense, DFT": compiled,
     "F.linear_cross_entropy, DFT": linear_cross_entropy,
@@ -114,16 +116,16 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def floor(hidden: Tensor, head: Tensor, rows: int) -> None:
+def floor(hidden: Tensor, head: Tensor, rows: int, logits_dtype: torch.dtype) -> None:
     """Logits, dX and dW by the products that the loss uses, and nothing else."""
-    job = SimpleNamespace(product=hidden.dtype, compute=torch.float32)
-    weight: Factor = Factor.of(head.detach(), job)
-    logits = torch.empty(rows, len(head), device=hidden.device)
+    precision = Precision(torch.float32, hidden.dtype, logits_dtype)
+    weight: Factor = Factor.of(head.detach(), precision)
+    logits = torch.empty(rows, len(head), device=hidden.device, dtype=logits_dtype)
     dx, dw = torch.empty(hidden.shape, device=hidden.device), torch.zeros(head.shape, device=hidden.device)
     grad = torch.empty_like(logits, dtype=weight.backward.dtype)
     with fast_products(hidden.dtype, hidden.device):
         for start in range(0, len(hidden), rows):
-            states = Factor.of(hidden.detach()[start : start + rows], job)
+            states = Factor.of(hidden.detach()[start : start + rows], precision)
             size = len(states.forward)
             product_(logits[:size], states.forward, weight.forward.T)
             product_(dx[start : start + rows], grad[:size], weight.backward)
@@ -165,13 +167,16 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     first = timed(run, device)
     memory = peak(device) - before
     rows = min(options.tokens, default_rows(hidden.device, vocabulary))
-    floor(hidden, head, rows)
+    narrow = dtype == torch.bfloat16 and ("bfloat16 logits" in name or not name.startswith("ours"))
+    limit_of = lambda: floor(hidden, head, rows, torch.bfloat16 if narrow else torch.float32)  # noqa: E731
+    limit_of()
     pairs = []
     for _ in range(options.repeat):
-        limit, spent = timed(lambda: floor(hidden, head, rows), device), timed(run, device)
-        pairs.append((spent[0] / limit[0], spent[1] / max(limit[1], 1e-9), limit[0]))
-    time_ratio, cpu_ratio, limit_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"time": time_ratio, "cpu": cpu_ratio, "floor_s": limit_s, "first_s": first[0], "bytes": memory}
+        limit, spent = timed(limit_of, device), timed(run, device)
+        pairs.append((spent[0] / limit[0], spent[1] / max(limit[1], 1e-9), limit[0], spent[0]))
+    time_ratio, cpu_ratio, limit_s, own_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"time": time_ratio, "cpu": cpu_ratio, "floor_s": limit_s, "own_s": own_s, "first_s": first[0],
+            "bytes": memory}  # fmt: skip
 
 
 def main() -> None:
@@ -189,7 +194,7 @@ def main() -> None:
         return
     width, vocabulary = SHAPES[options.shape]
     print(f"{options.shape}: {options.tokens} tokens × {width} × {vocabulary}, {options.dtype}, {options.device}\n")
-    print("| | time / floor | CPU-seconds / floor's | peak memory | floor |\n|---|---|---|---|---|")
+    print("| | time / floor | CPU-seconds / floor's | peak memory | time | floor |\n|---|---|---|---|---|---|")
     shared = list(sys.argv[1:])
     if "--only" in shared:
         shared = shared[: shared.index("--only")]
@@ -197,13 +202,14 @@ def main() -> None:
         command = [sys.executable, __file__, *shared, "--in-this-process", "--only", name]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"| {name} | – {done.stderr.strip().splitlines()[-1][:90]} | | | |", flush=True)
+            print(f"| {name} | – {done.stderr.strip().splitlines()[-1][:90]} | | | | |", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         cells = (
             f"{found['time']:.2f}",
             f"{found['cpu']:.2f}",
             f"{found['bytes'] / 2**20:.0f} MiB",
+            f"{found['own_s']:.2f} s",
             f"{found['floor_s']:.2f} s",
         )
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -11,6 +11,7 @@ hide. --fewer leaves out so many of the largest sizes.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,8 @@ def in_a_process(name: str, size: int, options: argparse.Namespace) -> dict[str,
     """`measure` in a fresh process."""
     command = [sys.executable, __file__, "--only", name, "--in-this-process", str(size)]
     command += ["--repeat", str(options.repeat), *(["--path", options.path] if options.path else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # all of this runs on the CPU
+    done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     if done.returncode:
         sys.exit(f"{name} of {size} failed:\n{done.stderr[-3000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -154,7 +154,7 @@ def run_ours(options: argparse.Namespace, model: str, loss: str, source_rows: in
         result = Path(folder) / "result.json"
         fit = fit_command(options, model, loss, source_rows, Path(folder) / "run")
         command = [sys.executable, str(HERE / "peers" / "ours.py"), str(result), str(options.warmup), *fit]
-        return _measured("ours", command, result, {"PYTHONPATH": str(HERE.parent)})
+        return _measured("ours", command, result, _devices(options) | {"PYTHONPATH": str(HERE.parent)})
 
 
 def run_peer(options: argparse.Namespace, model: str, loss: str, setting: str, data: Path) -> dict[str, Any]:
@@ -169,7 +169,12 @@ def run_peer(options: argparse.Namespace, model: str, loss: str, setting: str, d
         given |= {"overrides": {key: json.loads(value) for key, value in overrides.items()}, "result": str(result)}
         job.write_text(json.dumps(shared | given))
         command = [options.peer_python, str(HERE / "peers" / "trl_sft.py"), str(job)]
-        return _measured(f"TRL, {setting}", command, result, {"PYTHONPATH": ""})
+        return _measured(f"TRL, {setting}", command, result, _devices(options) | {"PYTHONPATH": ""})
+
+
+def _devices(options: argparse.Namespace) -> dict[str, str]:
+    """What a run on the CPU must not see."""
+    return {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _measured(name: str, command: list[str], result: Path, more: Mapping[str, str]) -> dict[str, Any]:
@@ -227,7 +232,7 @@ def main() -> None:
     parser.add_argument("--peer_python", required=True)
     parser.add_argument("--model_name", default=NAME)
     parser.add_argument("--loss", nargs="+", choices=WEIGHTING, default=list(WEIGHTING))
-    parser.add_argument("--peer_setting", nargs="+", default=["default", "fast", "small"])
+    parser.add_argument("--peer_setting", nargs="+", default=["default", "fast", "row", "small"])
     parser.add_argument("--peer", nargs="*", default=[], help="fields of SFTConfig, as name=JSON")
     parser.add_argument("--ours", default=PADDING_FREE, help="further options of dft fit, in one string")
     parser.add_argument("--rows", type=int, default=8, help="of a step")

@@ -180,6 +180,7 @@ class WeightedLM(nn.Module):
         ref_logp: Tensor | None = None,
         weight: Tensor | None = None,
         chunk_rows: int | None = None,
+        logits: torch.dtype | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
         head = self.base.get_output_embeddings()
@@ -197,6 +198,7 @@ class WeightedLM(nn.Module):
             weight=weight,
             chunk_rows=chunk_rows,
             lengths=batch.counts,
+            logits=logits,
             **{name: value for name, value in brought.items() if value is not None},
         )
 

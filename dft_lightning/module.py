@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -53,6 +53,8 @@ class FineTuner(WeightedModule):
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 100 MiB (CPU), 2 GiB (GPU).
+        logits: in what the loss holds logits before the softmax, which is computed in float32 either way. bfloat16, for
+            bfloat16 products, is faster on a CPU, and as exact as plain bfloat16 training.
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model; only for sources you trust.
@@ -75,6 +77,7 @@ class FineTuner(WeightedModule):
         tokenizer_name: str | None = None,
         chat_template: str | None = None,
         chunk_rows: int | None = None,
+        logits: Literal["float32", "bfloat16"] = "float32",
         max_skipped_steps: int = 20,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -92,7 +95,7 @@ class FineTuner(WeightedModule):
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.tokenizer_name, self.reference = tokenizer_name, reference
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
-        self.chunk_rows = chunk_rows
+        self.chunk_rows, self.logits = chunk_rows, logits
         self.step = StepInTheMaking(normalize, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""

@@ -49,6 +49,7 @@ class WeightedModule(pl.LightningModule):
     tokenizer_name: str | None
     reference: Reference
     chunk_rows: int | None
+    logits: Literal["float32", "bfloat16"]
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +94,12 @@ class WeightedModule(pl.LightningModule):
         if self.network is not None:
             return
         self.source.dtype = self._weights_dtype()
+        products = torch.bfloat16 if self._trainer is not None and "bf16" in str(self.trainer.precision) else None
+        if self.logits == "bfloat16" and torch.bfloat16 not in (self.source.dtype, products):
+            raise UserError(
+                f"model.logits is bfloat16, but the products are in {self.source.dtype}: leave it out, or set "
+                "trainer.precision to bf16-true or bf16-mixed"
+            )
         self.network = WeightedLM(self.initial_model())
         self.is_initial = True
 
@@ -132,9 +139,14 @@ class WeightedModule(pl.LightningModule):
             wanted=wanted,
             ref_logp=self._ref_logp(batch),
             weight=weight,
-            chunk_rows=self.chunk_rows,
+            **self._head_options,
         )
         return loss, tokens
+
+    @property
+    def _head_options(self) -> dict[str, Any]:
+        narrow = self.logits == "bfloat16"
+        return {"chunk_rows": self.chunk_rows, "logits": torch.bfloat16 if narrow else None}
 
     @torch.no_grad()
     def score_together(self, batches: "list[Batch]", wanted: frozenset[str] = frozenset()) -> list[TokenStats]:
@@ -154,7 +166,7 @@ class WeightedModule(pl.LightningModule):
             progress=self.progress,
             wanted=wanted | self.weighting.needs,
             ref_logp=self._ref_logp(batch),
-            chunk_rows=self.chunk_rows,
+            **self._head_options,
         )
         return by_row(replace(tokens, weight=None), batch)
 

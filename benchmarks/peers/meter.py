@@ -1,7 +1,8 @@
 """Time, memory and losses of a training run, measured alike for every trainer. Imports torch only.
 
 Memory is the peak above what the process held when its model was loaded and nothing else of the run had begun: on a
-CPU of resident memory (Linux: the peak that loading left behind is forgotten first), on a GPU of allocated memory.
+CPU of resident memory (Linux: the peak that loading left behind is forgotten first), on a GPU of allocated memory; hide
+a GPU from processes that do not use it.
 """
 
 import ctypes
@@ -36,6 +37,8 @@ class Meter:
             parameter.detach().sum()
         gc.collect()
         self.before = forget_peak()
+        if torch.cuda.is_available():  # a trainer may not have moved the model there yet
+            self.before = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def step_done(self) -> None:
         """An optimizer step has ended."""

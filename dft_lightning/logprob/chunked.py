@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dft_lightning.logprob.head import LogitTransform
-from dft_lightning.logprob.passes import Factor, Gradients, Job, default_rows, fast_products, run_pass
+from dft_lightning.logprob.passes import Gradients, run_pass
+from dft_lightning.logprob.products import Factor, Precision, default_rows, fast_products
+from dft_lightning.logprob.rows import Job
 from dft_lightning.weighting.base import (
     BROUGHT_ALONG,
     DISTRIBUTION_STATISTICS,
@@ -40,6 +42,7 @@ def weighted_nll(
     weight: Tensor | None = None,
     chunk_rows: int | None = None,
     lengths: Sequence[int] | None = None,
+    logits: torch.dtype | None = None,
     **brought: Tensor,
 ) -> tuple[Tensor, TokenStats]:
     """Σ_t sg(w_t)·n_t·(−log π(y_t)) over N supervised positions, and the statistics of each.
@@ -59,7 +62,11 @@ def weighted_nll(
         weight: (N,) weights that are known already, as those of `step` scope are; the weighting is then not asked.
         chunk_rows: rows whose logits are held at a time; by default as many as fit 100 MiB (CPU) or 2 GiB (GPU).
         lengths: tokens of each sequence, where all of one lie together: a weighting of sequence scope then needs one
-            pass, as long as none is longer than a chunk. On the CPU it is found out.
+            pass, as long as none is longer than a chunk, or the rows of a longer one can be kept in 512 MiB (CPU),
+            4 GiB (GPU). On the CPU it is found out.
+        logits: precision of the logits between the product and the softmax, which is computed in float32 either way; by
+            default float32. bfloat16, for inputs in bfloat16, halves their memory and is faster where such products
+            return bfloat16, as a CPU's do; gradients then are as exact as those of a plain bfloat16 computation.
         **brought: what else a token brings along, (N,) each: position, ref_logp, old_logp, reward, data_weight.
 
     Returns:
@@ -73,7 +80,11 @@ def weighted_nll(
     _check(hidden, head_weight, targets, weighting, brought, weight)
     if lengths is not None and sum(lengths) != len(targets):
         raise ValueError(f"lengths add up to {sum(lengths)}; expected {len(targets)}, the number of targets")
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute, product = torch.float64 if hidden.dtype == torch.float64 else torch.float32, _product_dtype(hidden)
+    if logits not in (None, compute, product):
+        raise ValueError(f"logits are to be in {logits}; expected {compute}, or {product}, the products' precision")
+    precision = Precision(compute, product, compute if logits is None else logits)
+    device, vocabulary = hidden.device, head_weight.shape[0]
     transform = transform or LogitTransform()
     job = Job(
         weighting=weighting,
@@ -85,9 +96,9 @@ def weighted_nll(
         transform=transform,
         known=None if weight is None else weight.detach().to(compute),
         names=frozenset((set(weighting.needs if weight is None else ()) | set(wanted)) & DISTRIBUTION_STATISTICS),
-        chunk_rows=chunk_rows or default_rows(hidden.device, head_weight.shape[0]),
-        compute=compute,
-        product=_product_dtype(hidden),
+        chunk_rows=chunk_rows or default_rows(device, vocabulary),
+        kept_rows=chunk_rows or default_rows(device, vocabulary, kept=True),
+        precision=precision,
         differentiate=torch.is_grad_enabled(),
     )
     loss: Tensor = _WeightedNLL.apply(hidden, head_weight, transform.bias, job, lengths)  # type: ignore[no-untyped-call]
@@ -102,12 +113,12 @@ class _WeightedNLL(torch.autograd.Function):
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         made = [
-            hidden.new_zeros(shape, dtype=job.compute) if ask else None
+            hidden.new_zeros(shape, dtype=job.precision.compute) if ask else None
             for shape, ask in zip(shapes, asked, strict=True)
         ]
         ctx.made, ctx.dtypes = made, [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        with torch.autocast(hidden.device.type, enabled=False), fast_products(job.product, hidden.device):
-            return _run(job, hidden, Factor.of(weight, job), Gradients(*made), _borders(job, lengths))
+        with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
+            return _run(job, hidden, Factor.of(weight, job.precision), Gradients(*made), _borders(job, lengths))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,12 +135,8 @@ def _run(job: Job, hidden: Tensor, weight: Factor, gradients: Gradients, borders
     if job.known is not None:
         given = job.known
         return run_pass(job, hidden, weight, gradients, lambda _stats, rows: given[rows])
-    if job.weighting.scope == "token":
-        return run_pass(job, hidden, weight, gradients, lambda stats, _rows: checked_weights(job.weighting, stats))
-    if borders is not None:
-        return run_pass(
-            job, hidden, weight, gradients, lambda stats, _rows: checked_weights(job.weighting, stats), borders
-        )
+    if job.weighting.scope == "token" or borders is not None:
+        return run_pass(job, hidden, weight, gradients, borders=borders)
     run_pass(job, hidden, weight, Gradients(), lambda stats, _rows: torch.ones_like(stats.logp))
     known = checked_weights(job.weighting, replace(job.result, weight=None))
     if gradients.wanted():
@@ -143,26 +150,34 @@ def _run(job: Job, hidden: Tensor, weight: Factor, gradients: Gradients, borders
 
 
 def _borders(job: Job, lengths: Sequence[int] | None) -> list[int] | None:
-    """Ends of chunks that fall between sequences; None where one is longer than a chunk, or not all in one place."""
+    """Ends of chunks that fall between sequences; None where two passes are needed.
+
+    A sequence that is longer than a chunk, or sequences that do not lie together, are kept whole where that is allowed.
+    """
     if job.weighting.scope != "sequence" or job.known is not None:
         return None
+    lengths = _lengths(job.sequence) if lengths is None else lengths
     if lengths is None:
-        if job.target.device.type != "cpu":  # not worth waiting for
-            return None
-        runs, counts = torch.unique_consecutive(job.sequence, return_counts=True)
-        if len(runs) != len(runs.unique()):
-            return None
-        lengths = counts.tolist()
-    if max(lengths, default=0) > job.chunk_rows:
+        lengths = [len(job.target)]
+    longest = max(lengths, default=0)
+    if longest > job.kept_rows:
         return None
-    ends = [0]
-    start = 0
+    most, ends, start = max(job.chunk_rows, longest), [0], 0
     for length in lengths:
-        if ends[-1] + length - start > job.chunk_rows:
+        if ends[-1] + length - start > most:
             start = ends[-1]
             ends.append(start)
         ends[-1] += length
     return ends
+
+
+def _lengths(sequence: Tensor) -> list[int] | None:
+    """Tokens of each sequence; None where one is in several places, or a GPU would have to be waited for."""
+    if sequence.device.type != "cpu":
+        return None
+    runs, counts = torch.unique_consecutive(sequence, return_counts=True)
+    together = len(runs) == len(runs.unique())
+    return counts.tolist() if together else None
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

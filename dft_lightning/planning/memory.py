@@ -138,7 +138,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
 
 
 def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
-    from dft_lightning.logprob.passes import default_rows
+    from dft_lightning.logprob.products import default_rows
 
     vocabulary = network.base.get_output_embeddings().weight.shape[0]
     if not load.cuda:

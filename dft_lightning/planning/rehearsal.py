@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
-from dft_lightning.logprob.passes import only_native_bfloat16
+from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute

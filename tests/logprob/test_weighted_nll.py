@@ -1,12 +1,13 @@
 """The chunked loss against the float64 oracle: values, statistics and gradients."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from dft_lightning.logprob import LogitTransform, dense_weighted_nll, weighted_nll
+from dft_lightning.logprob import LogitTransform, dense_weighted_nll, passes, weighted_nll
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
 
 
@@ -83,6 +84,12 @@ def run(function, hidden, head, bias, targets, weighting, brought, transform="pl
     (0.7 * loss).backward()
     grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
     return loss.detach(), tokens, [grad.clone() for grad in grads]
+
+
+def values(outcome) -> list[Tensor]:
+    """Loss, log p, weights and gradients of a `run`."""
+    loss, tokens, grads = outcome
+    return [loss, tokens.logp, tokens.weight, *grads]
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -218,7 +225,7 @@ class TestSequencesInOnePass:
         from dft_lightning.logprob import chunked
 
         count, whole = [], chunked.run_pass
-        monkeypatch.setattr(chunked, "run_pass", lambda *args: count.append(1) or whole(*args))
+        monkeypatch.setattr(chunked, "run_pass", lambda *args, **more: count.append(1) or whole(*args, **more))
         hidden, head, _bias, targets, brought = problem()
         loss, tokens = weighted_nll(hidden, head, targets, weighting, **(brought | options))
         loss.backward()
@@ -233,9 +240,19 @@ class TestSequencesInOnePass:
         for ours, theirs in zip(one[1:], two[1:], strict=True):
             torch.testing.assert_close(ours, theirs)
 
-    def test_sequences_that_do_not_lie_together_need_two(self, monkeypatch):
+    def test_sequences_that_do_not_lie_together_need_two_where_not_all_rows_can_be_kept(self, monkeypatch):
         mixed = torch.arange(37) % 5
-        assert self.passes(monkeypatch, SentenceProbability(), sequence=mixed)[0] == 2
+        two = self.passes(monkeypatch, SentenceProbability(), sequence=mixed, chunk_rows=36)
+        one = self.passes(monkeypatch, SentenceProbability(), sequence=mixed)
+        assert (one[0], two[0]) == (1, 2)
+        for ours, theirs in zip(one[1:], two[1:], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize(("kept", "passes"), [(20, 1), (19, 2)])
+    def test_the_rows_of_a_sequence_longer_than_a_chunk_are_kept(self, monkeypatch, kept, passes):
+        monkeypatch.setattr("dft_lightning.logprob.chunked.default_rows", lambda *_, **options: kept if options else 9)
+        long = torch.tensor([0] * 20 + [1] * 9 + [2] * 8)
+        assert self.passes(monkeypatch, SentenceProbability(), sequence=long)[0] == passes
 
     def test_lengths_have_to_add_up(self):
         hidden, head, _, targets, _ = problem()
@@ -347,3 +364,117 @@ def test_what_would_be_wrong_is_refused(weighting, change, message):
     hidden = change.pop("hidden", hidden)
     with pytest.raises(ValueError, match=message):
         weighted_nll(hidden, head, targets, weighting, **change)
+
+
+@dataclass(frozen=True)
+class Threshold(TokenWeighting):
+    """Most tokens are worth exactly nothing."""
+
+    above: float = 0.5
+    scope: str = "token"
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        values = tokens.p if self.scope == "token" else tokens.sequence_mean(tokens.logp).exp()
+        return torch.where(values > self.above, values, 0.0)
+
+
+@pytest.mark.parametrize("above", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("chunk_rows", [8, None])
+def test_tokens_of_weight_zero_cost_no_product_and_change_nothing(monkeypatch, above, scope, chunk_rows):
+    """Down to none that counts; a chunk in which nearly all count is multiplied as it is."""
+    rows, whole = [], passes.product_
+    monkeypatch.setattr(passes, "product_", lambda out, a, b, **more: rows.append(len(a)) or whole(out, a, b, **more))
+    hidden, head, bias, targets, brought = problem(dtype=torch.float64, spread=0.3)
+    weighting = Threshold(above, scope)
+    ours = run(weighted_nll, hidden, head, bias, targets, weighting, brought, "all", chunk_rows=chunk_rows)
+    theirs = run(dense_weighted_nll, hidden, head, bias, targets, weighting, brought, "all")
+    for mine, truth in zip(values(ours), values(theirs), strict=True):
+        torch.testing.assert_close(mine, truth)
+    if above == 1.0:
+        assert rows.count(0) == len(rows) // 3, "dX of rows that do not count"
+
+
+class TestAtARealShape:
+    """The head of a small model: what the README says of accuracy, against float64."""
+
+    @pytest.fixture(scope="class")
+    def truth(self):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(192, 576, generator=generator).bfloat16()
+        head = (0.05 * torch.randn(49152, 576, generator=generator)).bfloat16()
+        targets = torch.randint(49152, (192,), generator=generator)
+        return hidden, head, targets, self.gradients(dense_weighted_nll, hidden.double(), head.double(), targets)
+
+    @staticmethod
+    def gradients(function, hidden, head, targets, **options):
+        given = [x.clone().requires_grad_() for x in (hidden, head)]
+        loss, tokens = function(*given, targets, DFT(), **options)
+        loss.backward()
+        return [given[0].grad, given[1].grad, tokens.logp]
+
+    @staticmethod
+    def errors(found, exact):
+        return [relative(ours.double(), theirs) for ours, theirs in zip(found, exact, strict=True)]
+
+    def test_float32(self, truth):
+        hidden, head, targets, exact = truth
+        errors = self.errors(self.gradients(weighted_nll, hidden.float(), head.float(), targets), exact)
+        assert max(errors[:2]) < 5e-6
+        assert errors[2] < 1e-6
+
+    def test_bfloat16_inputs_with_float32_logits(self, truth):
+        hidden, head, targets, exact = truth
+        errors = self.errors(self.gradients(weighted_nll, hidden, head, targets), exact)
+        assert max(errors[:2]) < 2.5e-3
+        assert errors[2] < 1e-6
+
+    def test_bfloat16_logits_are_no_worse_than_a_plain_bfloat16_computation(self, truth):
+        def plain(hidden, head, targets, _):
+            logp = (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            tokens = TokenStats(logp=logp.detach(), target=targets, sequence=targets)
+            return -(logp.detach().exp() * logp).sum(), tokens
+
+        hidden, head, targets, exact = truth
+        ours = self.errors(self.gradients(weighted_nll, hidden, head, targets, logits=torch.bfloat16), exact)
+        theirs = self.errors(self.gradients(plain, hidden, head, targets), exact)
+        assert all(mine <= 1.01 * other for mine, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+@pytest.mark.parametrize("chunk_rows", [1, 7, None])
+def test_bfloat16_logits(weighting, chunk_rows):
+    """All transforms and scopes: the oracle on the rounded inputs, off by the rounding of logits and gradients.
+
+    A logit of size z is off by z·2⁻⁹, p by as much relatively, so a gradient by some z·2⁻⁹; z is at most 16 here.
+    """
+    hidden, head, bias, targets, brought = problem(dtype=torch.bfloat16, spread=0.5)
+    options = {"chunk_rows": chunk_rows, "logits": torch.bfloat16}
+    ours = run(weighted_nll, hidden, head, bias, targets, weighting, brought, "all", **options)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    theirs = run(dense_weighted_nll, *exact, targets, weighting, brought, "all")
+    for mine, truth in zip(values(ours), values(theirs), strict=True):
+        assert relative(mine, truth) < 16 * 2**-9
+
+
+def test_logits_in_another_precision_are_refused():
+    hidden, head, _, targets, _ = problem()
+    with pytest.raises(ValueError, match=r"logits are to be in torch.bfloat16; expected torch.float32"):
+        weighted_nll(hidden, head, targets, DFT(), logits=torch.bfloat16)
+
+
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, Threshold()], ids=repr)
+def test_no_device_is_waited_for(weighting, monkeypatch):
+    """Tensors without content cannot be looked at: whatever a GPU would be waited for fails on them."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for them
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    hidden, head, bias, targets, brought = problem()
+    lengths = torch.bincount(brought["sequence"]).tolist()
+    hidden, head, bias = (x.detach().to("meta").requires_grad_() for x in (hidden, head, bias))
+    brought = {name: value.to("meta") for name, value in brought.items()}
+    for known in (lengths, None):
+        loss, _ = weighted_nll(
+            hidden, head, targets.to("meta"), weighting, transform=LogitTransform(bias, 1.7, 5.0), lengths=known,
+            wanted=("entropy", "topk_entropy", "collision", "rank"), **brought,
+        )  # fmt: skip
+        loss.backward()
