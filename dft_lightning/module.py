@@ -70,7 +70,7 @@ class FineTuner(WeightedModule):
         warmup_ratio: float = 0.1,
         dtype: Precision = "auto",
         attn_implementation: str | None = None,
-        activation_checkpointing: Recomputation = "none",
+        activation_checkpointing: Recomputation | Literal["auto"] = "none",
         compile: bool = False,
         lora: LoRA | None = None,
         reference: Reference = "auto",
@@ -123,6 +123,18 @@ class FineTuner(WeightedModule):
         self.trained_on = tokens
         self.step.add(loss, batch, tokens)
         return loss
+
+    def _recomputation(self, data: "ChatDataModule | None") -> Recomputation:
+        """What is in force, where it is to be found out too."""
+        if self.activation_checkpointing != "auto":
+            return self.activation_checkpointing
+        from dft_lightning.planning.automatic import choose
+
+        if data is None:
+            raise UserError(
+                "model.activation_checkpointing auto goes by the largest micro-batch: train with a data module"
+            )
+        return choose(self, data)
 
     def _weights_of_step(self, step: int) -> list[Tensor]:
         """The weights of each micro-batch of the epoch's step, by a pass with the dropout of the gradient pass."""
@@ -201,7 +213,7 @@ class FineTuner(WeightedModule):
             return
         self._layers_ready = True
         decoder = self._network.base.get_decoder()
-        recompute(decoder, self.activation_checkpointing)
+        recompute(decoder, self._recomputation(data))
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")

@@ -68,7 +68,7 @@ def _measured(rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespa
     known = [limits.max_steps] if limits.max_steps > 0 else []
     known += [] if epochs is None else [epochs * steps]
     return Work(
-        largest=_largest(rows, sampler),
+        largest=largest_micro_batch(rows, sampler),
         micro_batches=sampler.micro_batches,
         tokens=sum(lengths) / steps,
         supervised=supervised / steps,
@@ -78,7 +78,7 @@ def _measured(rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespa
     )
 
 
-def _largest(rows: "TokenizedRows", sampler: StepSampler) -> MicroBatch:
+def largest_micro_batch(rows: "TokenizedRows", sampler: StepSampler) -> MicroBatch:
     """The first epoch's micro-batch with most positions, with as many supervised tokens as any has."""
     most, largest, supervised = 0, [[0]], 0
     for micro_batch in _micro_batches(sampler):
