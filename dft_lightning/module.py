@@ -52,7 +52,7 @@ class FineTuner(WeightedModule):
             the initial model, or the model with its adapter off. auto takes the adapter where there is one.
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
-        chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 100 MiB (CPU), 2 GiB (GPU).
+        chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
         logits: in what the loss holds logits before the softmax, which is computed in float32 either way. bfloat16, for
             bfloat16 products, is faster on a CPU, and as exact as plain bfloat16 training.
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.

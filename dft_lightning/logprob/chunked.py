@@ -60,7 +60,7 @@ def weighted_nll(
         progress: share of training done, for scheduled weightings.
         wanted: further statistics of the distribution to compute: "entropy", "topk_entropy", "collision", "rank".
         weight: (N,) weights that are known already, as those of `step` scope are; the weighting is then not asked.
-        chunk_rows: rows whose logits are held at a time; by default as many as fit 100 MiB (CPU) or 2 GiB (GPU).
+        chunk_rows: rows whose logits are held at a time; by default as many as fit 200 MiB (CPU) or 2 GiB (GPU).
         lengths: tokens of each sequence, where all of one lie together: a weighting of sequence scope then needs one
             pass, as long as none is longer than a chunk, or the rows of a longer one can be kept in 512 MiB (CPU),
             4 GiB (GPU). On the CPU it is found out.
@@ -84,7 +84,7 @@ def weighted_nll(
     if logits not in (None, compute, product):
         raise ValueError(f"logits are to be in {logits}; expected {compute}, or {product}, the products' precision")
     precision = Precision(compute, product, compute if logits is None else logits)
-    device, vocabulary = hidden.device, head_weight.shape[0]
+    device, vocabulary, size = hidden.device, head_weight.shape[0], precision.logits.itemsize
     transform = transform or LogitTransform()
     job = Job(
         weighting=weighting,
@@ -96,8 +96,8 @@ def weighted_nll(
         transform=transform,
         known=None if weight is None else weight.detach().to(compute),
         names=frozenset((set(weighting.needs if weight is None else ()) | set(wanted)) & DISTRIBUTION_STATISTICS),
-        chunk_rows=chunk_rows or default_rows(device, vocabulary),
-        kept_rows=chunk_rows or default_rows(device, vocabulary, kept=True),
+        chunk_rows=chunk_rows or default_rows(device, vocabulary, size=size),
+        kept_rows=chunk_rows or default_rows(device, vocabulary, size=size, kept=True),
         precision=precision,
         differentiate=torch.is_grad_enabled(),
     )

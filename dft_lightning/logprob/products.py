@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 #: Bytes that the logits of one chunk may take, and those of a chunk that spares a second pass.
-_CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 2 * 2**30}
+_CHUNK_BYTES = {"cpu": 200 * 2**20, "cuda": 2 * 2**30}
 _KEPT_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
 
 
@@ -32,17 +32,18 @@ class Precision:
 
 
 @cache
-def default_rows(device: torch.device, vocabulary: int, *, kept: bool = False) -> int:
+def default_rows(device: torch.device, vocabulary: int, *, size: int = 4, kept: bool = False) -> int:
     """How many rows' logits to hold at a time; found out once, so that a run does not hang on the moment's memory.
 
     Args:
+        size: bytes of a logit.
         kept: how many at most where that spares a second pass.
     """
     allowed = (_KEPT_BYTES if kept else _CHUNK_BYTES)["cpu" if device.type == "cpu" else "cuda"]
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         allowed = min(allowed, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
-    rows = allowed // (4 * vocabulary)
+    rows = allowed // (size * vocabulary)
     step = 16 if device.type == "cpu" else 128
     return max(step, rows // step * step)
 

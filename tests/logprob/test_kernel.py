@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,17 +11,25 @@ import pytest
 import torch
 from kernel_truth import BUILT_IN, Mine
 
-from dft_lightning.logprob import LogitTransform, kernel
+from dft_lightning.logprob import LogitTransform, kernel, rows
 from dft_lightning.weighting import DFT, ImportanceWeighted
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_cases_in_the_interpreter():
-    """Whether or not there is a GPU, and whether or not this process has imported triton already."""
+@pytest.mark.parametrize(
+    ("cases", "some"),
+    [("test_kernel_cases.py", ""), ("test_weighted_nll.py", "not lose_no_more and not RealShape")],
+    ids=["the kernel", "the whole loss"],
+)
+def test_the_cases_in_the_interpreter(cases, some):
+    """Whether or not there is a GPU, and whether or not this process has imported triton already.
+
+    Not those of the loss that ask for the best bfloat16: the interpreter cuts bits off where a GPU rounds.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases = Path(__file__).with_name("test_kernel_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    file = Path(__file__).with_name(cases)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", some]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
@@ -55,6 +64,18 @@ def test_what_would_be_wrong_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         kernel.fused_(**(given | change))
+
+
+def test_the_plain_path_on_a_gpu_is_said_once():
+    """Any device but the CPU stands for it: here tensors without content."""
+    rows._say_once.cache_clear()
+    logits = torch.empty(2, 3, device="meta")
+    with pytest.warns(UserWarning, match="takes its plain path, which is slower than its kernel: the tensors are on"):
+        assert not rows.kernel_serves(logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not rows.kernel_serves(logits)
+        assert not rows.kernel_serves(torch.empty(2, 3)), "nothing to say on a CPU"
 
 
 class TestUnsuitable:

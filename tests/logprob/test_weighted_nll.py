@@ -1,5 +1,6 @@
 """The chunked loss against the float64 oracle: values, statistics and gradients."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dft_lightning.logprob import LogitTransform, dense_weighted_nll, passes, weighted_nll
+from dft_lightning.logprob import LogitTransform, dense_weighted_nll, passes, rows, weighted_nll
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
 
 
@@ -250,7 +251,9 @@ class TestSequencesInOnePass:
 
     @pytest.mark.parametrize(("kept", "passes"), [(20, 1), (19, 2)])
     def test_the_rows_of_a_sequence_longer_than_a_chunk_are_kept(self, monkeypatch, kept, passes):
-        monkeypatch.setattr("dft_lightning.logprob.chunked.default_rows", lambda *_, **options: kept if options else 9)
+        monkeypatch.setattr(
+            "dft_lightning.logprob.chunked.default_rows", lambda *_, **options: kept if "kept" in options else 9
+        )
         long = torch.tensor([0] * 20 + [1] * 9 + [2] * 8)
         assert self.passes(monkeypatch, SentenceProbability(), sequence=long)[0] == passes
 
@@ -383,8 +386,8 @@ class Threshold(TokenWeighting):
 @pytest.mark.parametrize("chunk_rows", [8, None])
 def test_tokens_of_weight_zero_cost_no_product_and_change_nothing(monkeypatch, above, scope, chunk_rows):
     """Down to none that counts; a chunk in which nearly all count is multiplied as it is."""
-    rows, whole = [], passes.product_
-    monkeypatch.setattr(passes, "product_", lambda out, a, b, **more: rows.append(len(a)) or whole(out, a, b, **more))
+    sizes, whole = [], passes.product_
+    monkeypatch.setattr(passes, "product_", lambda out, a, b, **more: sizes.append(len(a)) or whole(out, a, b, **more))
     hidden, head, bias, targets, brought = problem(dtype=torch.float64, spread=0.3)
     weighting = Threshold(above, scope)
     ours = run(weighted_nll, hidden, head, bias, targets, weighting, brought, "all", chunk_rows=chunk_rows)
@@ -392,7 +395,7 @@ def test_tokens_of_weight_zero_cost_no_product_and_change_nothing(monkeypatch, a
     for mine, truth in zip(values(ours), values(theirs), strict=True):
         torch.testing.assert_close(mine, truth)
     if above == 1.0:
-        assert rows.count(0) == len(rows) // 3, "dX of rows that do not count"
+        assert sizes.count(0) == len(sizes) // 3, "dX of rows that do not count"
 
 
 class TestAtARealShape:
@@ -478,3 +481,8 @@ def test_no_device_is_waited_for(weighting, monkeypatch):
             wanted=("entropy", "topk_entropy", "collision", "rank"), **brought,
         )  # fmt: skip
         loss.backward()
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="of the run in Triton's interpreter")
+def test_these_tests_go_through_the_kernel():
+    assert rows.kernel_serves(torch.empty(1, 1))
