@@ -102,6 +102,8 @@ class FineTuner(WeightedModule):
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
         self._layers_ready = False
+        self.recomputation: Recomputation = "none"
+        """What the backward pass computes again, once that is chosen."""
         self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
         _refuse(self)
 
@@ -213,7 +215,8 @@ class FineTuner(WeightedModule):
             return
         self._layers_ready = True
         decoder = self._network.base.get_decoder()
-        recompute(decoder, self._recomputation(data))
+        self.recomputation = self._recomputation(data)
+        recompute(decoder, self.recomputation)
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")

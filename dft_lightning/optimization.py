@@ -31,6 +31,16 @@ def schedule(optimizer: Optimizer, name: str, warmup_steps: int, total_steps: in
     return made
 
 
+def _count_on_device(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """A fused step wants its counters beside the weights; a checkpoint of another kind has them on the host."""
+    if not (group.get("fused") or group.get("capturable")):
+        return
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].to(parameter.device)
+
+
 def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The hyperparameters of each parameter group as configured, without the state of a schedule."""
     return [
@@ -51,6 +61,7 @@ def restore_settings(optimizer: Optimizer, scheduler: LambdaLR, asked: list[dict
                 name = "lr" if key == "initial_lr" else key
                 changed.append(f"{name} {group.get(key)} → {value}")
             group[key] = value
+        _count_on_device(optimizer, group)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     for group, base, at in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * at(scheduler.last_epoch)

@@ -21,6 +21,8 @@ _NORMALIZE = {
     "micro_batch": "mean over micro-batches of each one's mean (depends on the micro-batch size)",
 }
 
+_RECOMPUTED = {"none": "nothing", "selective": "all but products and attention", "full": "everything"}
+
 
 class RunSummary(Callback):
     """Prints the objective, the data, the steps and the machine; the same text goes to TensorBoard."""
@@ -46,6 +48,8 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
         "precision": f"{trainer.precision}, weights in {str(parameters[0].dtype).removeprefix('torch.')}",
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
+        "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
+        + _RECOMPUTED[module.recomputation],
         "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
     }
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:

@@ -111,10 +111,11 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, lengths: Any) -> Tensor:
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        makes = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros)
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         made = [
-            hidden.new_zeros(shape, dtype=job.precision.compute) if ask else None
-            for shape, ask in zip(shapes, asked, strict=True)
+            make(shape, dtype=job.precision.compute) if ask else None
+            for make, shape, ask in zip(makes, shapes, asked, strict=True)
         ]
         ctx.made, ctx.dtypes = made, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
@@ -122,11 +123,12 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("weighted_nll can be differentiated once: call backward without create_graph=True")
-        scaled = [
-            None if g is None else (g * upstream).to(dtype) for g, dtype in zip(ctx.made, ctx.dtypes, strict=True)
-        ]
+        if torch.is_grad_enabled() or ctx.made is None:
+            raise RuntimeError(
+                "weighted_nll can be differentiated once: call backward a single time, without create_graph=True"
+            )
+        made, ctx.made = ctx.made, None  # scaled where they lie
+        scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)
 
 

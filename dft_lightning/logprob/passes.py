@@ -17,11 +17,15 @@ _WORTH_PICKING = 0.75
 
 @dataclass
 class Gradients:
-    """Accumulators (N, H), (V, H), (V,); None where no gradient is asked for: a frozen head costs no dW."""
+    """Accumulators (N, H), (V, H), (V,); None where no gradient is asked for: a frozen head costs no dW.
+
+    `weight` holds nothing before the first chunk is written there, `begun`.
+    """
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    begun: bool = False
 
     def wanted(self) -> bool:
         """Whether there is anything to differentiate."""
@@ -77,7 +81,8 @@ def _add_products(
         if counting is not None:
             gradients.hidden[rows].index_copy_(0, counting, made)
     if gradients.weight is not None:
-        product_(gradients.weight, grad.T, inputs, add=True)
+        product_(gradients.weight, grad.T, inputs, add=gradients.begun)
+        gradients.begun = True
 
 
 def _counting(job: Job, found: Found, rows: slice) -> Tensor | None:

@@ -320,6 +320,10 @@ def test_differentiating_twice_is_refused():
     loss, _ = weighted_nll(hidden, head, targets, DFT())
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(loss, hidden, create_graph=True)
+    loss, _ = weighted_nll(hidden, head, targets, DFT())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
 
 
 def test_autocast_multiplies_in_its_dtype_and_scores_in_float32():
