@@ -111,13 +111,18 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, lengths: Any) -> Tensor:
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        if len(hidden) == 0:  # an empty micro-batch costs next to nothing
+            ctx.made = [
+                torch.zeros_like(x) if ask else None for x, ask in zip((hidden, weight, bias), asked, strict=True)
+            ]
+            return _run(job, hidden, Factor.of(weight, job.precision), Gradients(), _borders(job, lengths))
         makes = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros)
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        made = [
+        ctx.made = made = [
             make(shape, dtype=job.precision.compute) if ask else None
             for make, shape, ask in zip(makes, shapes, asked, strict=True)
         ]
-        ctx.made, ctx.dtypes = made, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
             return _run(job, hidden, Factor.of(weight, job.precision), Gradients(*made), _borders(job, lengths))
 
