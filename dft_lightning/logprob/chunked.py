@@ -112,19 +112,22 @@ class _WeightedNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, lengths: Any) -> Tensor:
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        head, borders = Factor.of(weight, job.precision), _borders(job, lengths)
         if len(hidden) == 0:  # an empty micro-batch costs next to nothing
             ctx.made = [
-                torch.zeros_like(x) if ask else None for x, ask in zip((hidden, weight, bias), asked, strict=True)
+                torch.zeros_like(x) if ask and x is not None else None
+                for x, ask in zip((hidden, weight, bias), asked, strict=True)
             ]
-            return _run(job, hidden, Factor.of(weight, job.precision), Gradients(), _borders(job, lengths))
+            return _run(job, hidden, head, Gradients(), borders)
         makes = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros)
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        ctx.made = made = [
+        made = [
             make(shape, dtype=job.precision.compute) if ask else None
             for make, shape, ask in zip(makes, shapes, asked, strict=True)
         ]
+        ctx.made = made
         with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
-            return _run(job, hidden, Factor.of(weight, job.precision), Gradients(*made), _borders(job, lengths))
+            return _run(job, hidden, head, Gradients(made[0], made[1], made[2]), borders)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
