@@ -112,22 +112,10 @@ class _WeightedNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, lengths: Any) -> Tensor:
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        head, borders = Factor.of(weight, job.precision), _borders(job, lengths)
-        if len(hidden) == 0:  # an empty micro-batch costs next to nothing
-            ctx.made = [
-                torch.zeros_like(x) if ask and x is not None else None
-                for x, ask in zip((hidden, weight, bias), asked, strict=True)
-            ]
-            return _run(job, hidden, head, Gradients(), borders)
-        makes = (hidden.new_zeros, hidden.new_empty, hidden.new_zeros)
-        shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        made = [
-            make(shape, dtype=job.precision.compute) if ask else None
-            for make, shape, ask in zip(makes, shapes, asked, strict=True)
-        ]
-        ctx.made = made
+        ctx.made = _room((hidden, weight, bias), asked, job)
+        gradients = Gradients(*ctx.made) if len(hidden) else Gradients()
         with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
-            return _run(job, hidden, head, Gradients(made[0], made[1], made[2]), borders)
+            return _run(job, hidden, Factor.of(weight, job.precision), gradients, _borders(job, lengths))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,6 +126,19 @@ class _WeightedNLL(torch.autograd.Function):
         made, ctx.made = ctx.made, None  # scaled where they lie
         scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)
+
+
+def _room(
+    of: tuple[Tensor | None, ...], asked: list[bool], job: Job
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the gradients, as `Gradients` wants it; of an empty micro-batch they are zeros, and cost little."""
+    hidden, weight, bias = (x if ask else None for x, ask in zip(of, asked, strict=True))
+    some, dtype = len(job.target) > 0, job.precision.compute
+    return (
+        None if hidden is None else torch.zeros_like(hidden, dtype=dtype),
+        None if weight is None else torch.empty_like(weight, dtype=dtype) if some else torch.zeros_like(weight),
+        None if bias is None else torch.zeros_like(bias, dtype=dtype),
+    )
 
 
 def _run(job: Job, hidden: Tensor, weight: Factor, gradients: Gradients, borders: list[int] | None) -> Tensor:

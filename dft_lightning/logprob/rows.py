@@ -116,8 +116,8 @@ class PlainRows:
 
     def __post_init__(self) -> None:
         compute, rows = self.job.precision.compute, len(self.logits)
-        cached = max(1, _BLOCK_BYTES // (self.logits.shape[1] * compute.itemsize))
-        self.size = cached if self.logits.device.type == "cpu" else max(rows, 1)
+        cached = self.logits.device.type == "cpu"
+        self.size = block_rows(self.logits.shape[1], compute) if cached else max(rows, 1)
         held = rows if self.together else min(self.size, rows)
         self.in_place = self.logits.dtype == compute
         shape = self.logits.shape[1:]
@@ -197,6 +197,11 @@ class KernelRows:
         if self.gradient is not None:
             grad = kernel.gradient_(logits, target, stats["logp"], lse, coefficient, transform, self.gradient)
         return (coefficient * stats["logp"]).sum(), grad
+
+
+def block_rows(vocabulary: int, compute: torch.dtype) -> int:
+    """Rows of a block on a CPU."""
+    return max(1, _BLOCK_BYTES // (vocabulary * compute.itemsize))
 
 
 def kernel_serves(logits: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.logprob.products import only_native_bfloat16
+from dft_lightning.logprob.rows import block_rows
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
@@ -226,21 +227,26 @@ class _LossHead(torch.autograd.Function):
             narrow = product if setting.cuda or (product == torch.bfloat16 and only_native_bfloat16()) else compute
             rounded_weight = weight.to(product)
             factors = [rounded_weight] if setting.cuda else [rounded_weight.to(compute), rounded_weight.to(narrow)]
+            del rounded_weight
             rows = min(setting.chunk_rows, max(len(hidden), 1))
+            logits = hidden.new_empty((rows, len(weight)), dtype=compute)
+            # the kernel of a GPU writes the gradient where the logits were
+            out = (
+                hidden.new_empty((rows, len(weight)), dtype=narrow) if narrow != compute and not setting.cuda else None
+            )
             states = hidden[:rows].to(product)
             factors += [states] if setting.cuda else [states.to(compute), states.to(narrow)]
-            logits = hidden.new_empty((rows, len(weight)), dtype=compute)
-            uncapped = logits.clone() if capped else None
-            rounded, added = logits.to(narrow), None
+            block = rows if setting.cuda else min(rows, block_rows(len(weight), compute))
+            uncapped = [logits.new_empty((block, len(weight))) for _ in range(3 if capped and not setting.cuda else 0)]
+            del uncapped
+            added = None
             if ctx.made[1] is not None and narrow != compute:  # a product that is added to the accumulator
                 added = torch.zeros_like(weight, dtype=compute if setting.cuda else narrow)
-            del rounded_weight, factors, states, uncapped, rounded, added
+            del factors, states, out, added
             return logits.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if made is None else (made * upstream).to(dtype)
-            for made, dtype in zip(ctx.made, ctx.dtypes, strict=True)
-        ]
+        made, ctx.made = ctx.made, None
+        scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)

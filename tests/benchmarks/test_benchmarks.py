@@ -88,7 +88,8 @@ def test_memory_is_the_peak_above_what_was_there():
 
     np.ones(3 * size, np.uint8).sum()  # an earlier and higher peak is forgotten
     found = scaling.measure(run, 2, run)
-    assert size <= found["bytes"] < 1.2 * size  # what else a sum allocates is less than a fifth of 64 MiB
+    pages = 1 << 20  # that others give back meanwhile
+    assert size - pages <= found["bytes"] < 1.2 * size  # what else a sum allocates is less than a fifth of 64 MiB
 
 
 def test_the_meter_counts_tokens_of_the_steps_after_the_warm_up(monkeypatch, tmp_path):
