@@ -90,6 +90,16 @@ def _eps(decoder: Any) -> float:
     return float(torch.finfo(dtype).eps)
 
 
+def refuse_attention(name: str | None) -> None:
+    """Refuse an implementation that transformers does not know, before any model is loaded."""
+    from transformers import AttentionInterface
+
+    interface: Any = AttentionInterface
+    known = {"eager", "varlen", *interface().valid_keys()}
+    if name is not None and name not in known and "/" not in name:  # with a slash it is a kernel of the hub
+        raise UserError(f"model.attn_implementation is {name!r}; expected one of {', '.join(sorted(known))}")
+
+
 def implementation_of(decoder: Any) -> str:
     """Which attention a model runs."""
     return str(getattr(decoder.config, "_attn_implementation", None))

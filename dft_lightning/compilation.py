@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _OPTIONS: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": {"fallback_random": True}}
 
 
+def refuse_changing_shapes(data: Any) -> None:
+    """Batches of one shape come from a `ChatDataModule` that packs rows."""
+    if getattr(getattr(data, "options", None), "packing", None) is not True:
+        raise UserError("model.compile needs batches of one shape: set --data.packing true")
+
+
 def compile_layers(decoder: nn.Module) -> None:
     """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step."""
     for layer in layers_of(decoder):
@@ -54,5 +60,5 @@ def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextMa
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile: the layers of {type(network.base).__name__} cannot be compiled here: {reason} — set "
-            "--model.compile false, or another --model.attn_implementation"
+            "--model.compile false, or another --model.attn_implementation or --trainer.precision"
         ) from error

@@ -210,14 +210,18 @@ class WeightedLM(nn.Module):
         return flat
 
     @torch.no_grad()
-    def logp(self, batch: Batch, *, adapter: bool = True) -> Tensor:
-        """log π (N,) of the supervised tokens in evaluation mode, at least float32; without the adapter if asked."""
+    def logp(self, batch: Batch, *, adapter: bool = True, **head_options: Any) -> Tensor:
+        """log π (N,) of the supervised tokens in evaluation mode, at least float32; without the adapter if asked.
+
+        Args:
+            head_options: `chunk_rows` and `logits` of `forward`.
+        """
         off = nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter()
         training = self.training
         self.eval()
         try:
             with off:
-                return self.forward(batch, Uniform())[1].logp
+                return self.forward(batch, Uniform(), **head_options)[1].logp
         finally:
             self.train(training)
 

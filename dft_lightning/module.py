@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning import resume
-from dft_lightning.compilation import compile_layers, rehearse
+from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
@@ -109,11 +109,11 @@ class FineTuner(WeightedModule):
 
     def setup(self, stage: str) -> None:
         """Compiled layers want batches of one shape, before any is made."""
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.compile_layers:
-            data: Any = getattr(self.trainer, "datamodule", None)
-            if getattr(getattr(data, "options", None), "packing", None) is not True:
-                raise UserError("model.compile needs batches of one shape: set --data.packing true")
-            data.fixed_shape = True
+            refuse_changing_shapes(data)
+        if stage == "fit" and hasattr(data, "fixed_shape"):
+            data.fixed_shape = self.compile_layers
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """One micro-batch: its loss is a sum, divided in `on_before_optimizer_step`."""
@@ -143,7 +143,7 @@ class FineTuner(WeightedModule):
         data, parts = cast("ChatDataModule", self.trainer.datamodule), []  # type: ignore[attr-defined]
         for number, batch in enumerate(data.step(self.trainer.current_epoch, step)):
             self._seed(number)
-            parts.append(self._unweighted(batch.to(self.device)))
+            parts.append(self._unweighted(self._moved(batch)))
         return self._weigh_together(parts)
 
     @property
@@ -210,19 +210,19 @@ class FineTuner(WeightedModule):
         self._prepare_reference(["train", "val"])
 
     def _prepare_layers(self, data: "ChatDataModule | None") -> None:
-        """Recomputation and compilation, once."""
-        if self._layers_ready:
-            return
-        self._layers_ready = True
+        """Recomputation and compilation, once; what is compiled is for the shape of this fit's batches."""
         decoder = self._network.base.get_decoder()
-        self.recomputation = self._recomputation(data)
-        recompute(decoder, self.recomputation)
+        if not self._layers_ready:
+            self._layers_ready = True
+            self.recomputation = self._recomputation(data)
+            recompute(decoder, self.recomputation)
+            if self.compile_layers:
+                compile_layers(decoder)
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")
-            compile_layers(decoder)
             for batch in data.samples():
-                rehearse(self._network, batch.to(self.device), self.trainer.precision_plugin.forward_context())
+                rehearse(self._network, self._moved(batch), self.trainer.precision_plugin.forward_context())
 
     def on_train_start(self) -> None:
         """After a resume: the run's own learning rate and other settings are in force, and what has changed is said."""

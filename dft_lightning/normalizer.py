@@ -30,7 +30,7 @@ def token_factor(normalize: Normalize, batch: "Batch") -> Tensor | None:
     place = batch.sequence.device
     if normalize == "micro_batch":
         return torch.full(batch.sequence.shape, 1.0 / max(sum(batch.counts), 1), dtype=torch.float64, device=place)
-    each = torch.tensor(batch.counts, dtype=torch.float64, device=place).clamp(min=1)
+    each = torch.tensor(batch.counts, dtype=torch.float64).clamp(min=1).to(place, non_blocking=True)
     return 1.0 / each[batch.sequence]
 
 

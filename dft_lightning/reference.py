@@ -131,7 +131,7 @@ def _scores(module: "WeightedModule", network: WeightedLM, loader: Any) -> tuple
     rows, lengths, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float16)]
     for batch in _progress(loader, "Reference", module.trainer.is_global_zero):
         with module.trainer.precision_plugin.forward_context():
-            logp = network.logp(batch.to(module.device))
+            logp = network.logp(batch.to(module.device), chunk_rows=module.chunk_rows)
         rows.append(batch.row.numpy())
         lengths.append(np.bincount(batch.sequence.numpy(), minlength=len(batch)))
         values.append(logp.cpu().numpy())

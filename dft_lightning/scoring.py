@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 Reference = Literal["auto", "cache", "adapter_off"]
 
 
+def refuse_logits(logits: str, dtype: torch.dtype, precision: str) -> None:
+    """Logits in bfloat16 are refused where the products of weights in `dtype` are not in bfloat16."""
+    mixed = dtype == torch.float32 and precision == "bf16-mixed"
+    if logits == "bfloat16" and dtype != torch.bfloat16 and not mixed:
+        raise UserError(
+            f"model.logits is bfloat16, but the products are in {dtype}: leave it out, or set trainer.precision to "
+            "bf16-true or bf16-mixed"
+        )
+
+
 def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
     """In what the weights are held, by `model.dtype` and `trainer.precision`."""
     if choice != "auto":
@@ -94,12 +104,7 @@ class WeightedModule(pl.LightningModule):
         if self.network is not None:
             return
         self.source.dtype = self._weights_dtype()
-        products = torch.bfloat16 if self._trainer is not None and "bf16" in str(self.trainer.precision) else None
-        if self.logits == "bfloat16" and torch.bfloat16 not in (self.source.dtype, products):
-            raise UserError(
-                f"model.logits is bfloat16, but the products are in {self.source.dtype}: leave it out, or set "
-                "trainer.precision to bf16-true or bf16-mixed"
-            )
+        refuse_logits(self.logits, self.source.dtype, str(self.trainer.precision) if self._trainer else "")
         self.network = WeightedLM(self.initial_model())
         self.is_initial = True
 
@@ -123,6 +128,9 @@ class WeightedModule(pl.LightningModule):
     def progress(self) -> float:
         """Share of training done, 0 to 1."""
         return min(self.trainer.global_step / max(self.total_steps, 1), 1.0) if self.trainer.state.fn == "fit" else 1.0
+
+    def _moved(self, batch: "Batch") -> "Batch":
+        return batch.to(self.device, non_blocking=self.device.type == "cuda")
 
     def score(
         self, batch: "Batch", wanted: frozenset[str] = frozenset(), weight: Tensor | None = None
@@ -151,7 +159,7 @@ class WeightedModule(pl.LightningModule):
     @torch.no_grad()
     def score_together(self, batches: "list[Batch]", wanted: frozenset[str] = frozenset()) -> list[TokenStats]:
         """The tokens of some micro-batches, weighted as if they were all of a step; all ranks have to call this."""
-        moved = [batch.to(self.device) for batch in batches]
+        moved = [self._moved(batch) for batch in batches]
         if self.weighting.scope != "step":
             return [self.score(batch, wanted)[1] for batch in moved]
         tokens = [self._unweighted(batch, wanted) for batch in moved]
@@ -176,7 +184,9 @@ class WeightedModule(pl.LightningModule):
     def _ref_logp(self, batch: "Batch") -> Tensor | None:
         if "ref_logp" not in self.weighting.needs:
             return None
-        return self._network.logp(batch, adapter=False) if self.adapter_is_reference else batch.ref_logp
+        if not self.adapter_is_reference:
+            return batch.ref_logp
+        return self._network.logp(batch, adapter=False, **self._head_options)
 
     def _record(self, stage: str, values: Mapping[str, Tensor], step: int | None, on_bar: set[str]) -> None:
         """Values for callbacks and the progress bar; and, at `step`, for the loggers: optimizer steps done by then."""

@@ -49,6 +49,9 @@ def attend(
             "attention 'varlen' reads whole documents, without mask, soft-cap, sinks and cache: set "
             "--model.attn_implementation to another (sdpa, eager)"
         )
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave query and key in float32 there
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rows, _heads, width, _size = query.shape
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=query.device)
@@ -98,8 +101,6 @@ def _opaque(
     q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scaling: float | None, _dropout: float, window: int | None
 ) -> Tensor:
     """`_one_by_one` on a CPU as one operator, for compiled code: that cannot depend on how many documents there are."""
-    if torch.is_autocast_enabled("cpu"):  # an operator of one's own is not cast by itself
-        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     out: Tensor = _attend(q, k, v, borders, scaling, window)[0]

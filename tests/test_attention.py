@@ -182,6 +182,15 @@ def test_the_operator_for_compiled_code_is_the_plain_call(dtype, window):
         assert (ours - plain).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()
 
 
+def test_under_autocast_attention_is_in_the_products_precision():
+    """Rotary positions leave query and key in float32; a GPU's kernel takes half precision only."""
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = varlen.attend(None, q, k, v, None)[0]
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, varlen.attend(None, q.bfloat16(), k.bfloat16(), v, None)[0])
+
+
 def test_the_operator_says_its_shapes_and_gradients_rightly():
     torch.manual_seed(0)
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)

@@ -145,6 +145,27 @@ class Watch(pl.Callback):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
 
+def test_batches_of_one_shape_are_no_larger_than_they_have_to_be(model_dir, rows_file, monkeypatch):
+    """Under compilation, whose own part is left out here: each has as many rows as the fullest; the share says so."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    shapes, longest = [], []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            shapes.append(tuple(batch.input_ids.shape))
+            longest.append((batch.longest, len(batch.cu_seqlens)))
+
+    data = {"packing": True, "micro_batch_size": 8, "max_length": 120}
+    _, _, trainer = fit(model_dir, rows_file, module={"compile": True}, data=data, callbacks=[Look()])
+    sampler, module = trainer.datamodule.sampler(), trainer.datamodule
+    most = max(len(part) for number in range(sampler.steps) for part in sampler.parts(0, number))
+    assert set(shapes) == {(most, 120)}
+    assert len(set(longest)) == 1
+    assert most < 8
+    share = int(module.train_rows.lengths.sum()) / sum(rows * width for rows, width in shapes)
+    assert sampler.share_used(fixed=True) == pytest.approx(share)
+
+
 def test_compiling_needs_packed_rows(model_dir, rows_file):
     with pytest.raises(UserError, match=r"model.compile needs batches of one shape: set --data.packing true"):
         fit(model_dir, rows_file, module={"compile": True})

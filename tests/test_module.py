@@ -400,3 +400,20 @@ class TestCheckpoint:
         trainer.fit_loop.max_epochs = 2
         trainer.fit(finetuner, trainer.datamodule)
         assert len(recorder.gradients) == 8
+
+    @pytest.mark.parametrize("logits", ["float32", "bfloat16"])
+    def test_the_reference_has_the_policys_logits(self, model_dir, rows_file, logits):
+        """With the adapter off it is the policy at the start, to the bit: all weights are 1."""
+        module = {"lora": {"rank": 2}, "logits": logits}
+        recorder = fit(
+            model_dir, rows_file, ImportanceWeighted("token"), module=module, max_steps=1, precision="bf16-true"
+        )[1]
+        assert recorder.logged[0]["train/weight_mean"] == 1.0
+        assert recorder.logged[0]["train/effective_sample_size"] == pytest.approx(1.0, abs=1e-12)
+
+    def test_narrow_logits_of_wide_products_are_refused(self, model_dir, rows_file):
+        for dtype, precision in (({}, "32-true"), ({"dtype": "float64"}, "bf16-mixed")):
+            with pytest.raises(
+                UserError, match=r"model.logits is bfloat16, but the products are in torch.float(32|64)"
+            ):
+                fit(model_dir, rows_file, module={"logits": "bfloat16"} | dtype, precision=precision)

@@ -83,11 +83,12 @@ def _data_facts(data: "ChatDataModule") -> dict[str, str]:
     kind = "sequences"
     if isinstance(layout, Packed):
         kind = f"rows of {layout.capacity:,} tokens" if layout.fill else f"row of at most {layout.capacity:,} tokens"
+    used = sampler.share_used(fixed=data.fixed_shape)
     read, learnt = int(rows.lengths.sum()), int(rows.targets.sum())
     return {
         "data": f"{len(rows):,} rows an epoch, {learnt:,} supervised of {read:,} tokens",
         "step": f"{shape.global_batch_size} sequences = {shape.ranks} ranks × {sampler.micro_batches} micro-batches "
-        f"of at most {shape.micro_batch_size} {kind}; {sampler.share_used():.1%} of their positions hold a token",
+        f"of at most {shape.micro_batch_size} {kind}; {used:.1%} of their positions hold a token",
     }
 
 

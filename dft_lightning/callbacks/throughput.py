@@ -135,7 +135,8 @@ class Throughput(Callback):
         metrics = self._speed(trainer).metrics(self._peak)
         for name, value in metrics.items():
             bar = name in ("tokens_per_second", "mfu")
-            pl_module.log(f"throughput/{name}", value, prog_bar=bar, logger=False)  # equal on all ranks
+            held = torch.tensor(value)  # on the host: a number would go to the device, and be waited for there
+            pl_module.log(f"throughput/{name}", held, prog_bar=bar, logger=False)  # equal on all ranks
         for logger in trainer.loggers:
             logger.log_metrics({f"throughput/{name}": value for name, value in metrics.items()}, done)
 

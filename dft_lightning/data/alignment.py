@@ -20,11 +20,7 @@ def align(trainer: pl.Trainer, sampler: StepSampler, accumulation: int, interval
             f"trainer.accumulate_grad_batches is {accumulation}: leave it out; it follows from "
             "data.global_batch_size, data.micro_batch_size and the number of devices"
         )
-    if sampler.steps == 0:
-        raise UserError(
-            f"{len(sampler.lengths)} training rows do not fill one step of data.global_batch_size "
-            f"{sampler.geometry.global_batch_size}: lower it, or set data.drop_last to false"
-        )
+    refuse_no_step(sampler)
     trainer.accumulate_grad_batches = sampler.micro_batches
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # whole steps, of which Lightning does so many
         trainer.limit_train_batches = sampler.micro_batches * int(trainer.max_steps)
@@ -92,3 +88,12 @@ def refuse_options(options: SimpleNamespace) -> None:
         raise UserError(f"data.num_workers is {options.num_workers}; expected 0 or more")
     if options.val_size < 0:
         raise UserError(f"data.val_size is {options.val_size}; expected a count, or a share below 1")
+
+
+def refuse_no_step(sampler: StepSampler) -> None:
+    """There has to be something to do."""
+    if sampler.steps == 0:
+        raise UserError(
+            f"{len(sampler.lengths)} training rows do not fill one step of data.global_batch_size "
+            f"{sampler.geometry.global_batch_size}: lower it, or set data.drop_last to false"
+        )

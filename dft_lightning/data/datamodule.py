@@ -229,6 +229,10 @@ class ChatDataModule(pl.LightningDataModule):
         sequences, collate = _Sequences(self._rows("train")), self._collator(self.sampler(), "train")
         return [collate([sequences[row] for row in rows]) for rows in self.sampler().step(epoch, number)]
 
+    def transfer_batch_to_device(self, batch: "Batch", device: torch.device, dataloader_idx: int) -> "Batch":
+        """Without waiting for the device; Lightning does so for tensors only."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def samples(self) -> "list[Batch]":
         """Training batches of every kind that a model may tell apart: without sequences, and with two in a row."""
         collate = Collator(packed=True, width=self.layout.width, fixed=self._fixed(self.sampler(), "train"))
@@ -287,9 +291,9 @@ class ChatDataModule(pl.LightningDataModule):
         return Collator(0 if pad is None else pad, self.reference, stage, packed, width, fixed)
 
     def _fixed(self, sampler: StepSampler, stage: str) -> tuple[int, int] | None:
-        rows = sampler.geometry.micro_batch_size
         is_fixed = self.fixed_shape and stage == "train" and sampler.layout.width is not None
-        return (rows, rows * (sampler.fullest + 1)) if is_fixed else None
+        documents = max(sampler.fullest, 2) + 1  # of a row: padding is one, and `samples` has two
+        return (sampler.height, sampler.height * documents) if is_fixed else None
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 

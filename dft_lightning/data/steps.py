@@ -69,8 +69,14 @@ class StepSampler:
         counted = list(self._rows_of_steps())
         self.micro_batches = max([1, *(self.geometry.rounds(rows) for rows, _ in counted)])
         """Micro-batches a rank has in each step: as many as the step with the most rows needs."""
+        self.height = max([1, *(-(-rows // self._parts(rows)) for rows, _ in counted)])
+        """Rows of the micro-batch that has most."""
         self.fullest = max((most for _, most in counted), default=1)
         """Sequences of the row that has most."""
+
+    def _parts(self, rows: int) -> int:
+        """Into how many micro-batches, of all ranks, so many rows of a step are cut."""
+        return max(self.geometry.rounds(rows), 1) * self.geometry.ranks
 
     def _rows_of_steps(self) -> Iterator[tuple[int, int]]:
         """How many rows each step of the run has, and the most sequences of one; or bounds where they are known."""
@@ -133,19 +139,27 @@ class StepSampler:
         Micro-batches are as equal in size as can be, and neighbours go to different ranks, which then have about the
         same to do; the longest come first, so that a step that does not fit the memory fails at once.
         """
-        shape, rows = self.geometry, self.rows(epoch, number)
-        cut = np.array_split(np.arange(len(rows)), max(shape.rounds(len(rows)), 1) * shape.ranks)
-        mine = [[rows[index] for index in part] for part in cut[shape.rank :: shape.ranks]]
+        shape = self.geometry
+        mine = self.parts(epoch, number)[shape.rank :: shape.ranks]
         assert len(mine) <= self.micro_batches, f"epoch {epoch} was not planned for"
         return mine + [[]] * (self.micro_batches - len(mine))
 
-    def share_used(self, epoch: int = 0) -> float:
-        """Share of an epoch's positions, of all ranks, that hold a token and no padding."""
-        shape, positions, tokens = self.geometry, 0, 0
+    def parts(self, epoch: int, number: int) -> list[list[Row]]:
+        """The micro-batches of a step, of all ranks, without the empty ones that fill it up."""
+        rows = self.rows(epoch, number)
+        cut = np.array_split(np.arange(len(rows)), self._parts(len(rows)))
+        return [[rows[index] for index in part] for part in cut]
+
+    def share_used(self, epoch: int = 0, *, fixed: bool = False) -> float:
+        """Share of an epoch's positions, of all ranks, that hold a token and no padding.
+
+        Args:
+            fixed: whether every micro-batch, empty ones too, has `height` rows of the layout's width.
+        """
+        positions, tokens = 0, 0
+        whole = self.micro_batches * self.geometry.ranks * self.height * (self.layout.width or 0)
         for number in range(self.steps):
-            rows = self.rows(epoch, number)
-            widths = np.array([self.lengths[row].sum() for row in rows])
-            tokens += int(widths.sum())
-            cut = np.array_split(widths, max(shape.rounds(len(rows)), 1) * shape.ranks)
-            positions += sum(len(part) * (self.layout.width or int(part.max())) for part in cut if len(part))
+            parts = [[int(self.lengths[row].sum()) for row in part] for part in self.parts(epoch, number) if part]
+            tokens += sum(map(sum, parts))
+            positions += whole if fixed else sum(len(part) * (self.layout.width or max(part)) for part in parts)
         return tokens / max(positions, 1)

@@ -85,6 +85,8 @@ def weighted_nll(
         raise ValueError(f"logits are to be in {logits}; expected {compute}, or {product}, the products' precision")
     precision = Precision(compute, product, compute if logits is None else logits)
     device, vocabulary, size = hidden.device, head_weight.shape[0], precision.logits.itemsize
+    if weight is None and weighting.scope == "sequence" and precision.logits != compute:
+        size += compute.itemsize  # all rows of a chunk wait for their weights, in the compute precision
     transform = transform or LogitTransform()
     job = Job(
         weighting=weighting,
@@ -112,6 +114,7 @@ class _WeightedNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, lengths: Any) -> Tensor:
         asked = [job.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.lift = job.precision.lift
         ctx.made = _room((hidden, weight, bias), asked, job)
         gradients = Gradients(*ctx.made) if len(hidden) else Gradients()
         with torch.autocast(hidden.device.type, enabled=False), fast_products(job.precision.product, hidden.device):
@@ -124,6 +127,7 @@ class _WeightedNLL(torch.autograd.Function):
                 "weighted_nll can be differentiated once: call backward a single time, without create_graph=True"
             )
         made, ctx.made = ctx.made, None  # scaled where they lie
+        upstream = upstream / ctx.lift
         scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)
 

@@ -72,6 +72,8 @@ def _unsuitable(device: torch.device, interpreted: bool) -> str | None:
         return "triton is not installed"
     try:
         score(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.long, device=device), LogitTransform(), ())
+    except torch.OutOfMemoryError:  # says nothing of triton
+        raise
     except Exception as reason:  # whatever Triton, its compiler or the driver come up with: the plain path still works
         return f"a first try of triton failed: {type(reason).__name__}: {reason}"
     return None

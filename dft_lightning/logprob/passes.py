@@ -52,9 +52,11 @@ def run_pass(
     most = max(chunk.stop - chunk.start for chunk in chunks)
     logits = hidden.new_empty((most, weight.forward.shape[0]), dtype=job.precision.logits)
     dtype = weight.backward.dtype if gradients.wanted() else None
-    step: KernelRows | PlainRows = PlainRows(job, found, logits, dtype, weigh, borders is not None)
-    if kernel_serves(logits):
-        step = KernelRows(job, found, dtype, weigh)
+    step = (
+        KernelRows(job, found, dtype, weigh)
+        if kernel_serves(logits)
+        else PlainRows(job, found, logits, dtype, weigh, borders is not None)
+    )
     for chunk in chunks:
         states, z = Factor.of(hidden[chunk], job.precision), logits[: chunk.stop - chunk.start]
         product_(z, states.forward, weight.forward.T)

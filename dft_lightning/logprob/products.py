@@ -30,6 +30,19 @@ class Precision:
     product: torch.dtype
     logits: torch.dtype
 
+    @property
+    def lift(self) -> float:
+        """By what the gradient by the logits is multiplied while it is in `product`.
+
+        Without it, a float16 gradient of a token that weighs 1/1000 would mostly underflow.
+        """
+        return 2.0**8 if self.product == torch.float16 else 1.0
+
+
+def allowed_bytes(device: str, *, kept: bool) -> int:
+    """What the logits of a chunk may take where there is memory enough; `kept` as for `default_rows`."""
+    return (_KEPT_BYTES if kept else _CHUNK_BYTES)["cpu" if device == "cpu" else "cuda"]
+
 
 @cache
 def default_rows(device: torch.device, vocabulary: int, *, size: int = 4, kept: bool = False) -> int:
@@ -39,7 +52,7 @@ def default_rows(device: torch.device, vocabulary: int, *, size: int = 4, kept: 
         size: bytes of a logit.
         kept: how many at most where that spares a second pass.
     """
-    allowed = (_KEPT_BYTES if kept else _CHUNK_BYTES)["cpu" if device.type == "cpu" else "cuda"]
+    allowed = allowed_bytes(device.type, kept=kept)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         allowed = min(allowed, (torch.cuda.mem_get_info(device)[0] + unused) // 4)

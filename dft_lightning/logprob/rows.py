@@ -157,10 +157,11 @@ class PlainRows:
         rows = slice(blocks[0].rows.start, blocks[-1].rows.stop)
         coefficient = self.job.coefficient(self.found.weigh(rows, self.weigh), rows)
         logp, target = self.found.values["logp"][rows], self.job.target[rows]
-        at_target = coefficient * torch.expm1(logp)  # w·n·(p − 1), without cancellation
+        lifted = coefficient * self.job.precision.lift
+        at_target = lifted * torch.expm1(logp)  # w·n·(p − 1), without cancellation
         for block in blocks if self.gradient is not None else ():
             own = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
-            grad = block.exp.mul_((coefficient[own] / block.total)[:, None])
+            grad = block.exp.mul_((lifted[own] / block.total)[:, None])
             grad.scatter_(1, target[own, None], at_target[own, None])
             self.job.transform.backward_(grad, block.capped)
             if self.out is not self.work:
@@ -183,6 +184,9 @@ class KernelRows:
         target, transform = job.target[chunk], job.transform
         if self.gradient is not None and self.weigh is None and kernel.fuses(job.weighting):
             factor = None if job.factor is None else job.factor[chunk]
+            if job.precision.lift != 1.0:
+                factor = torch.full_like(logits[:, 0], 1.0, dtype=torch.float32) if factor is None else factor
+                factor = factor * job.precision.lift
             ref_logp = job.brought["ref_logp"][chunk] if "ref_logp" in job.brought else None
             stats, grad = kernel.fused_(
                 logits, target, job.weighting, factor, ref_logp, transform, job.names, self.gradient
@@ -195,7 +199,8 @@ class KernelRows:
         self.found.put(chunk, **stats)
         coefficient = job.coefficient(self.found.weigh(chunk, self.weigh), chunk)
         if self.gradient is not None:
-            grad = kernel.gradient_(logits, target, stats["logp"], lse, coefficient, transform, self.gradient)
+            lifted = coefficient * job.precision.lift
+            grad = kernel.gradient_(logits, target, stats["logp"], lse, lifted, transform, self.gradient)
         return (coefficient * stats["logp"]).sum(), grad
 
 

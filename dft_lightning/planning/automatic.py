@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def choose(module: "FineTuner", data: "ChatDataModule") -> Recomputation:
     """Look at none, selective and full in turn, and say what each needs; "full" where nothing fits.
 
-    All ranks see the same plan and the same kind of device, so that they choose alike.
+    All ranks look at the largest micro-batch of any and have the same kind of device, so that they choose alike.
     """
     kind, looked = lightest(load_of(module, data))
     told = ", ".join(f"{name} {need.peak / GIB:.1f} GiB" for name, need in looked.items())
@@ -41,12 +41,14 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         precision=str(trainer.precision),
         attention=implementation_of(base.get_decoder()),
         optimizer=module.optimizer,
-        shape=largest_micro_batch(data.train_rows, data.sampler()),
+        shape=largest_micro_batch(data.train_rows, data.sampler(), fixed=data.fixed_shape),
         accumulates=trainer.accumulate_grad_batches > 1,
         ranks=trainer.world_size,
         cuda=module.device.type == "cuda",
-        capacity=capacity_of(module.device),
+        capacity=capacity_of(module.device) // (1 if module.device.type == "cuda" else trainer.num_devices),
         chunk_rows=module.chunk_rows,
+        logits=module.logits,
+        together=module.weighting.scope == "sequence",
     )
 
 

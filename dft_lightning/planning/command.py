@@ -52,6 +52,10 @@ class PlanCommand(CommandLine):
         if not 0 < config.utilisation <= 1:
             raise UserError(f"--utilisation is {config.utilisation}; expected a share of the peak, above 0 and up to 1")
         trainer = config.trainer
+        if config.memory_gib is not None and not config.memory_gib > 0:
+            raise UserError(f"--memory_gib is {config.memory_gib}; expected GiB of a device, more than 0")
+        if not (isinstance(trainer.strategy, str) and trainer.strategy.startswith(("auto", "ddp", "single_device"))):
+            raise UserError(f"dft plan knows trainer.strategy auto and ddp, not {trainer.strategy!r}")
         place = _place(config.device, config.memory_gib, trainer, config.throughput.peak_flops)
         options = Options(
             precision=_convert_precision_to_unified_args(trainer.precision) or "32-true",
@@ -105,7 +109,11 @@ def _count(devices: Any, here: int) -> int:
     text = str(devices)
     if "," in text:
         return len([part for part in text.split(",") if part.strip()])
-    return here if text in ("auto", "-1") else int(text)
+    if text in ("auto", "-1"):
+        return here
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"trainer.devices is {text!r}; expected a number of devices, a list of them, or auto")
+    return int(text)
 
 
 def main(args: Sequence[str] | None = None) -> int:

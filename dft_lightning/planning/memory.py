@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
@@ -19,7 +20,6 @@ GIB = 2**30
 _RESERVE = 1.5 * GIB
 #: On a CPU the gaps that malloc leaves, as a share of the micro-batch's tensors: between 10 % and 45 % were measured.
 _GAPS = 0.25
-_MOST_LOGITS: int = 2 * GIB  # as in logprob.passes, of which a GPU takes a quarter of its free memory at most
 KINDS: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 
@@ -40,6 +40,8 @@ class Load:
         cuda: whether these are GPUs.
         capacity: bytes of each.
         chunk_rows: as `model.chunk_rows`.
+        logits: as `model.logits`.
+        together: whether whole sequences are weighed together, so that the loss keeps their rows.
         fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
     """
 
@@ -55,6 +57,8 @@ class Load:
     cuda: bool
     capacity: int
     chunk_rows: int | None = None
+    logits: str = "float32"
+    together: bool = False
     fused: bool = False
 
     def network(self) -> WeightedLM:
@@ -130,6 +134,8 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         cuda=load.cuda,
         chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),
         accumulates=load.accumulates,
+        narrow_logits=load.logits == "bfloat16",
+        together=load.together,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
@@ -138,13 +144,14 @@ def memory(load: Load, kind: Recomputation) -> Memory:
 
 
 def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
-    from dft_lightning.logprob.products import default_rows
-
+    """As `logprob` chooses them; where rows of a sequence are kept, as many as may be."""
     vocabulary = network.base.get_output_embeddings().weight.shape[0]
+    narrow = load.logits == "bfloat16"
+    size = (2 + 4 * load.together) if narrow else 4
     if not load.cuda:
-        return default_rows(torch.device("cpu"), vocabulary)
-    allowed: int = min(_MOST_LOGITS, max(load.capacity - taken, 0) // 4)
-    rows: int = allowed // (4 * vocabulary) // 128 * 128
+        return default_rows(torch.device("cpu"), vocabulary, size=size, kept=load.together)
+    allowed: int = min(allowed_bytes("cuda", kept=load.together), max(load.capacity - taken, 0) // 4)
+    rows: int = allowed // (size * vocabulary) // 128 * 128
     return max(128, rows)
 
 

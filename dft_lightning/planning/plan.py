@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dft_lightning.attention import refuse_attention
+from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
 from dft_lightning.planning.memory import KINDS, Load, Memory, memory
@@ -14,7 +16,7 @@ from dft_lightning.planning.peaks import Device, product_of
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
 from dft_lightning.recomputation import Recomputation
-from dft_lightning.scoring import weights_dtype
+from dft_lightning.scoring import refuse_logits, weights_dtype
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -121,7 +123,14 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         cuda=place.cuda,
         capacity=place.capacity,
         chunk_rows=module.chunk_rows,
+        logits=module.logits,
+        together=module.weighting.scope == "sequence",
     )
+    refuse_logits(module.logits, dtype, options.precision)
+    refuse_attention(load.attention)
+    if module.compile_layers:
+        refuse_changing_shapes(data)
+    data.fixed_shape = module.compile_layers
     network = load.network()
     flops, unknown = _flops(network)
     work = work_of(data, lambda: module.tokenizer, options.limits, flops)

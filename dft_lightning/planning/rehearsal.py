@@ -74,6 +74,8 @@ class Setting:
         cuda: whether it runs on a GPU; the loss head goes other ways on a CPU.
         chunk_rows: rows of logits that the loss head holds.
         accumulates: whether gradients of earlier micro-batches are there.
+        narrow_logits: whether the loss holds logits in the products' precision.
+        together: whether all rows of a chunk are weighed together.
     """
 
     dtype: torch.dtype
@@ -83,6 +85,8 @@ class Setting:
     cuda: bool
     chunk_rows: int
     accumulates: bool
+    narrow_logits: bool = False
+    together: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -224,25 +228,24 @@ class _LossHead(torch.autograd.Function):
                 for x, needed in zip((hidden, weight), ctx.needs_input_grad[:2], strict=True)
             ]
             ctx.dtypes = hidden.dtype, weight.dtype
-            narrow = product if setting.cuda or (product == torch.bfloat16 and only_native_bfloat16()) else compute
+            plain = setting.cuda or setting.narrow_logits  # factors as they are
+            narrow = product if plain or (product == torch.bfloat16 and only_native_bfloat16()) else compute
             rounded_weight = weight.to(product)
-            factors = [rounded_weight] if setting.cuda else [rounded_weight.to(compute), rounded_weight.to(narrow)]
+            factors = [rounded_weight] if plain else [rounded_weight.to(compute), rounded_weight.to(narrow)]
             del rounded_weight
             rows = min(setting.chunk_rows, max(len(hidden), 1))
-            logits = hidden.new_empty((rows, len(weight)), dtype=compute)
-            # the kernel of a GPU writes the gradient where the logits were
-            out = (
-                hidden.new_empty((rows, len(weight)), dtype=narrow) if narrow != compute and not setting.cuda else None
-            )
+            logits = hidden.new_empty((rows, len(weight)), dtype=product if setting.narrow_logits else compute)
+            beside = _beside(logits, compute, narrow, setting)
             states = hidden[:rows].to(product)
-            factors += [states] if setting.cuda else [states.to(compute), states.to(narrow)]
-            block = rows if setting.cuda else min(rows, block_rows(len(weight), compute))
-            uncapped = [logits.new_empty((block, len(weight))) for _ in range(3 if capped and not setting.cuda else 0)]
+            factors += [states] if plain else [states.to(compute), states.to(narrow)]
+            block = min(rows, block_rows(len(weight), compute))
+            copies = 3 if capped and not setting.cuda else 0  # the kernel of a GPU has them in registers
+            uncapped = [logits.new_empty((block, len(weight)), dtype=compute) for _ in range(copies)]
             del uncapped
             added = None
             if ctx.made[1] is not None and narrow != compute:  # a product that is added to the accumulator
                 added = torch.zeros_like(weight, dtype=compute if setting.cuda else narrow)
-            del factors, states, out, added
+            del factors, states, beside, added
             return logits.new_zeros(())
 
     @staticmethod
@@ -250,3 +253,15 @@ class _LossHead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)
+
+
+def _beside(logits: Tensor, compute: torch.dtype, narrow: torch.dtype, setting: Setting) -> Tensor | None:
+    """What the row step holds beside the logits (R, V)."""
+    if setting.cuda:  # its kernel works in place; but a wide product is copied there
+        if logits.dtype == compute != narrow:
+            torch.empty_like(logits)
+        return None
+    if logits.dtype != compute:
+        rows = len(logits) if setting.together else min(len(logits), block_rows(logits.shape[1], compute))
+        return logits.new_empty((rows, logits.shape[1]), dtype=compute)
+    return torch.empty_like(logits, dtype=narrow) if narrow != compute else None

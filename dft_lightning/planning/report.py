@@ -54,6 +54,11 @@ def _time(plan: Plan) -> str:
 
 def verdict(plan: Plan) -> str:
     """The last line."""
+    assumed = " (by assumed rows: see data)" if plan.work.source.startswith("assumed") else ""
+    return _fit(plan) + assumed
+
+
+def _fit(plan: Plan) -> str:
     need, there = plan.memory.peak / GIB, plan.place.capacity / GIB
     if plan.fits:
         return f"fits: {need:,.1f} of {there:,.1f} GiB"

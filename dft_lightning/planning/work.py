@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from dft_lightning.data.alignment import refuse_no_step
 from dft_lightning.data.packing import Packed
 from dft_lightning.data.steps import StepSampler
 from dft_lightning.errors import UserError
@@ -54,13 +55,18 @@ def work_of(data: "ChatDataModule", tokenizer: Any, limits: SimpleNamespace, flo
         data.prepare_data()
         rows = data._load("fit")["train"]
     except (UserError, OSError) as error:
+        if data.tokenizer is not None and data.options.path is not None:  # a file that a fit could not read either
+            raise
         reason = " ".join(str(error).split())[:200]
         return _assumed(data, limits, flops, f"assumed, every row full to max_length and supervised: {reason}")
     data.train_rows = rows
-    return _measured(rows, data.sampler(), limits, flops)
+    refuse_no_step(data.sampler())
+    return _measured(rows, data.sampler(), limits, flops, fixed=data.fixed_shape)
 
 
-def _measured(rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespace, flops: ModelFlops | None) -> Work:
+def _measured(
+    rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespace, flops: ModelFlops | None, *, fixed: bool
+) -> Work:
     steps = max(sampler.steps, 1)
     used = sampler.sequences_of_steps(steps)
     lengths, supervised = rows.lengths[used].tolist(), int(rows.targets[used].sum())
@@ -68,7 +74,7 @@ def _measured(rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespa
     known = [limits.max_steps] if limits.max_steps > 0 else []
     known += [] if epochs is None else [epochs * steps]
     return Work(
-        largest=largest_micro_batch(rows, sampler),
+        largest=largest_micro_batch(rows, sampler, fixed=fixed),
         micro_batches=sampler.micro_batches,
         tokens=sum(lengths) / steps,
         supervised=supervised / steps,
@@ -78,23 +84,30 @@ def _measured(rows: "TokenizedRows", sampler: StepSampler, limits: SimpleNamespa
     )
 
 
-def largest_micro_batch(rows: "TokenizedRows", sampler: StepSampler) -> MicroBatch:
-    """The first epoch's micro-batch with most positions, with as many supervised tokens as any has."""
+def largest_micro_batch(rows: "TokenizedRows", sampler: StepSampler, *, fixed: bool = False) -> MicroBatch:
+    """The run's micro-batch with most positions, of any rank, with as many supervised tokens as any has.
+
+    Args:
+        fixed: whether all have the shape of the largest.
+    """
     most, largest, supervised = 0, [[0]], 0
-    for micro_batch in _micro_batches(sampler):
-        if not micro_batch:
+    for part in _micro_batches(sampler):
+        if not part:
             continue
-        wide = sampler.layout.width or max(int(rows.lengths[row].sum()) for row in micro_batch)
-        supervised = max(supervised, int(rows.targets[np.concatenate(micro_batch)].sum()))
-        if wide * len(micro_batch) > most:
-            most, largest = wide * len(micro_batch), micro_batch
-    documents = tuple(tuple(rows.lengths[row].tolist()) for row in largest)
-    return MicroBatch(documents, supervised, isinstance(sampler.layout, Packed), sampler.layout.width)
+        wide = sampler.layout.width or max(int(rows.lengths[row].sum()) for row in part)
+        supervised = max(supervised, int(rows.targets[np.concatenate(part)].sum()))
+        if wide * len(part) > most:
+            most, largest = wide * len(part), part
+    documents: list[tuple[int, ...]] = [tuple(rows.lengths[row].tolist()) for row in largest]
+    if fixed:
+        documents += [()] * (sampler.height - len(documents))
+    return MicroBatch(tuple(documents), supervised, isinstance(sampler.layout, Packed), sampler.layout.width)
 
 
 def _micro_batches(sampler: StepSampler) -> Iterator[list[list[int]]]:
-    for number in range(sampler.steps):
-        yield from sampler.step(0, number)
+    for epoch in range(sampler.epochs):
+        for number in range(sampler.steps):
+            yield from sampler.parts(epoch, number)
 
 
 def _assumed(data: "ChatDataModule", limits: SimpleNamespace, flops: ModelFlops | None, source: str) -> Work:

@@ -490,3 +490,30 @@ def test_no_device_is_waited_for(weighting, monkeypatch):
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="of the run in Triton's interpreter")
 def test_these_tests_go_through_the_kernel():
     assert rows.kernel_serves(torch.empty(1, 1))
+
+
+def test_whole_sequences_with_narrow_logits_hold_no_more(monkeypatch):
+    """Their rows wait in float32 beside the logits, so that a chunk has fewer of them."""
+    sizes = []
+    monkeypatch.setattr("dft_lightning.logprob.chunked.default_rows", lambda *_, size, **__: sizes.append(size) or 1000)
+    hidden, head, _, targets, _ = problem(dtype=torch.bfloat16)
+    for weighting in (DFT(), SentenceProbability()):
+        weighted_nll(hidden, head, targets, weighting, logits=torch.bfloat16)
+        weighted_nll(hidden, head, targets, weighting)
+    assert sizes == [2, 2, 4, 4, 2 + 4, 2 + 4, 4, 4]
+
+
+def test_small_weights_survive_float16():
+    """A token of a response of 3,000 weighs 1/3,000; a gradient scaler's factor comes after the gradient by the logits.
+
+    That is rounded to 11 bits, as the logits are, which are below 4 here.
+    """
+    hidden, head, _, targets, _ = problem(64, 32, 2000, dtype=torch.float64, spread=0.1)
+    factor = torch.full((64,), 1 / 3000, dtype=torch.float64)
+    half = [x.detach().half().requires_grad_() for x in (hidden, head)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    for given, function, options in ((half, weighted_nll, {"logits": torch.float16}), (exact, dense_weighted_nll, {})):
+        loss, _ = function(*given, targets, Uniform(), factor=factor, **options)
+        (2.0**14 * loss).backward()
+    for ours, theirs in zip(half, exact, strict=True):
+        assert relative(ours.grad, theirs.grad) < 4 * 2**-11

@@ -114,3 +114,25 @@ def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
     ]
     assert main(["plan", *given]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.compile", "true"], "model.compile needs batches of one shape"),
+        (["--model.logits", "bfloat16"], "model.logits is bfloat16, but the products are in torch.float32"),
+        (["--model.attn_implementation", "nonsense"], "model.attn_implementation is 'nonsense'; expected one of"),
+        (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.num_samples", "3", "--data.drop_last", "true"], "do not fill one step of data.global_batch_size"),
+        (["--trainer.strategy", "fsdp"], "dft plan knows trainer.strategy auto and ddp, not 'fsdp'"),
+        (["--trainer.devices", "foo"], "trainer.devices is 'foo'; expected a number"),
+        (["--trainer.devices", "0"], "trainer.devices is '0'; expected a number"),
+        (["--memory_gib", "-3"], "--memory_gib is -3.0; expected"),
+        (["--memory_gib", "0"], "--memory_gib is 0.0; expected"),
+    ],
+)
+def test_a_fit_that_would_be_refused_is_not_planned(model_dir, rows_file, capsys, options, message):
+    usual = ["--model.model_name", str(model_dir), "--model.weighting", "DFT", "--data", "NuminaMathDataModule"]
+    status = main(["plan", *usual, "--data.path", str(rows_file), "--data.global_batch_size", "8", *options])
+    assert status == 2
+    assert message in capsys.readouterr().err
