@@ -6,20 +6,23 @@ that secretly looks further (a `.mean()` over its input, say) would make the gra
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from dft_lightning.weighting.base import (
     BROUGHT_ALONG,
     DISTRIBUTION_STATISTICS,
+    REF_DISTRIBUTION,
+    Divisor,
     Scope,
     TokenStats,
     TokenWeighting,
+    checked_targets,
     checked_weights,
 )
 
-_SEQUENCES, _TOKENS_EACH = 7, 9
+_SEQUENCES, _TOKENS_EACH, _VOCABULARY = 7, 9, 33
 
 
 def prove(weighting: TokenWeighting) -> None:
@@ -29,7 +32,7 @@ def prove(weighting: TokenWeighting) -> None:
         ValueError: names the weighting, what was seen and the scope to declare.
     """
     name = type(weighting).__name__
-    known = DISTRIBUTION_STATISTICS | BROUGHT_ALONG
+    known = DISTRIBUTION_STATISTICS | BROUGHT_ALONG | {REF_DISTRIBUTION}
     if unknown := set(weighting.needs) - known:
         raise ValueError(f"{name}.needs names {sorted(unknown)}; what a token can come with is {sorted(known)}")
     tokens = _sample(weighting)
@@ -40,6 +43,10 @@ def prove(weighting: TokenWeighting) -> None:
     if not torch.isfinite(whole).all():
         worst = tokens.logp[~torch.isfinite(whole)][0].item()
         raise ValueError(f"{name}.weights is not finite at log p = {worst:.1f}: clamp it, or use torch.where")
+    if weighting.divisor not in get_args(Divisor):
+        raise ValueError(f"{name}.divisor is {weighting.divisor!r}; expected one of {', '.join(get_args(Divisor))}")
+    if weighting.vocabulary:
+        _prove_targets(weighting)
     seen = _scope_seen(weighting, tokens, whole)
     order: list[Scope] = ["token", "sequence", "step"]
     if weighting.scope not in order:
@@ -53,8 +60,41 @@ def prove(weighting: TokenWeighting) -> None:
 
 def fingerprint(weighting: TokenWeighting) -> str:
     """sha256 of the weights of the sample to six digits: another formula has another one, whatever its name."""
-    weights = checked_weights(weighting, _sample(weighting))
-    return hashlib.sha256(" ".join(f"{weight:.5e}" for weight in weights.tolist()).encode()).hexdigest()
+    values = checked_weights(weighting, _sample(weighting))
+    if weighting.vocabulary:
+        values = torch.cat([values, checked_targets(weighting, *_target_sample(weighting)).flatten()])
+    facts = [weighting.divisor] * (weighting.divisor != "tokens") + [f"{value:.5e}" for value in values.tolist()]
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()
+
+
+def _prove_targets(weighting: TokenWeighting) -> None:
+    """Refuse targets that are not finite, change their input, or depend on which rows are asked for together."""
+    name = type(weighting).__name__
+    tokens, logp, ref_logp = _target_sample(weighting)
+    before = logp.clone()
+    whole = checked_targets(weighting, tokens, logp, ref_logp)
+    if not torch.equal(before, logp):
+        raise ValueError(f"{name}.targets changes the tensors it is given: use operations that make new ones")
+    if not torch.isfinite(whole).all():
+        raise ValueError(f"{name}.targets is not finite: clamp it, or use torch.where")
+    for rows in torch.split(torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1)), 5):
+        part = checked_targets(weighting, tokens[rows], logp[rows], None if ref_logp is None else ref_logp[rows])
+        if not torch.allclose(part, whole[rows], rtol=1e-9, atol=1e-12):
+            raise ValueError(f"{name}.targets of a token change with the other tokens it is given; they must not")
+
+
+def _target_sample(weighting: TokenWeighting) -> tuple[TokenStats, torch.Tensor, torch.Tensor | None]:
+    """Tokens with a distribution over a small vocabulary each, from nearly certain to nearly even, in float64."""
+    tokens = _sample(weighting)
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(tokens), _VOCABULARY)
+    spread = torch.logspace(-2, 1.5, len(tokens), dtype=torch.float64)[:, None]
+    logp, ref_logp = (
+        (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).log_softmax(1) for _ in range(2)
+    )
+    target = tokens.target % _VOCABULARY
+    tokens = replace(tokens, target=target, logp=logp.gather(1, target[:, None])[:, 0])
+    return tokens, logp, ref_logp if REF_DISTRIBUTION in weighting.needs else None
 
 
 def _scope_seen(weighting: TokenWeighting, tokens: TokenStats, whole: torch.Tensor) -> Scope:
@@ -97,6 +137,7 @@ def _sample(weighting: TokenWeighting) -> TokenStats:
         old_logp=logp + uniform(-1.0, 1.0),
         reward=uniform(-1.0, 1.0),
         data_weight=uniform(0.0, 2.0),
+        stop=torch.arange(count) % _TOKENS_EACH == _TOKENS_EACH - 1,
         progress=0.5,
     )
     optional = (DISTRIBUTION_STATISTICS | BROUGHT_ALONG) - {"position"}
