@@ -17,11 +17,13 @@ from dft_lightning.compilation import compile_layers, refuse_changing_shapes, re
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
+from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
+from dft_lightning.weighting.base import REF_DISTRIBUTION
 from dft_lightning.weighting.proof import prove
 from dft_lightning.weighting.spec import from_spec, to_spec
 
@@ -48,8 +50,9 @@ class FineTuner(WeightedModule):
             matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
         compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
-        reference: where the reference log-probabilities of a weighting come from: a cache on disk, computed once from
-            the initial model, or the model with its adapter off. auto takes the adapter where there is one.
+        reference: what a weighting compares with, the initial model: a cache on disk of its log-probabilities, computed
+            once; the model with its adapter off; or a frozen copy in memory. auto takes the adapter where there is one,
+            else the cache, or the copy where distributions over the vocabulary are wanted.
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
@@ -96,9 +99,11 @@ class FineTuner(WeightedModule):
         self.tokenizer_name, self.reference = tokenizer_name, reference
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.chunk_rows, self.logits = chunk_rows, logits
-        self.step = StepInTheMaking(normalize, max_skipped_steps)
+        self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
+        window = window_of(self.weighting)
+        self.old_policy = OldPolicy(window) if window else None
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
         self._layers_ready = False
@@ -118,6 +123,8 @@ class FineTuner(WeightedModule):
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """One micro-batch: its loss is a sum, divided in `on_before_optimizer_step`."""
         step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        if self.old_policy is not None and number == 0 and self.old_policy.is_due(self.trainer.global_step):
+            self._begin_window(self.old_policy, step)
         if self.weighting.scope == "step" and number == 0:
             self._known = self._weights_of_step(step)
         self._seed(number)
@@ -145,6 +152,15 @@ class FineTuner(WeightedModule):
             self._seed(number)
             parts.append(self._unweighted(self._moved(batch)))
         return self._weigh_together(parts)
+
+    def _begin_window(self, old: OldPolicy, step: int) -> None:
+        """Have the policy, as it is now, look at what the window's steps will train on."""
+        data, now = cast("ChatDataModule", self.trainer.datamodule), self.trainer.global_step  # type: ignore[attr-defined]
+        last = min(now - now % old.window + old.window, self.total_steps)
+        steps = [divmod(step + further, data.sampler().steps) for further in range(last - now)]
+        batches = (batch for epochs, number in steps for batch in data.step(self.trainer.current_epoch + epochs, number))
+        found = ((batch, self._network.logp(self._moved(batch), **self._head_options)) for batch in batches)
+        old.begin(now, found, self.trainer.world_size)
 
     @property
     def seed(self) -> int:
@@ -199,10 +215,9 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
-        if self.weighting.scope == "step" and not hasattr(data, "step"):
-            raise UserError(
-                f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
-            )
+        ahead = self.weighting.scope == "step" or self.old_policy is not None
+        if ahead and not hasattr(data, "step"):
+            raise UserError(f"{type(self.weighting).__name__} looks ahead at whole steps: train with a ChatDataModule")
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()
@@ -252,6 +267,8 @@ class FineTuner(WeightedModule):
         """Keep what makes this run what it is."""
         if self.trainer.optimizers:
             checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
+            if self.old_policy is not None:
+                checkpoint[resume.CHECKPOINT_KEY]["old_policy"] = self.old_policy.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; see `allow_changes`."""
@@ -265,6 +282,8 @@ class FineTuner(WeightedModule):
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
         self.step.skipped.load(facts["skipped"])
+        if self.old_policy is not None and "old_policy" in facts:
+            self.old_policy.load(facts["old_policy"])
         self._resumed = facts
 
 
@@ -289,8 +308,10 @@ def _refuse(module: FineTuner) -> None:
         prove(module.weighting)
     except ValueError as error:
         raise UserError(f"weighting refused: {error}") from error
-    if unknown := set(module.weighting.needs) & {"old_logp", "reward", "data_weight"}:
+    if unknown := set(module.weighting.needs) & {"reward", "data_weight"}:
         raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
+    if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
+        raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")
     if module.reference == "adapter_off" and module.lora is None:
         raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):

@@ -125,6 +125,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         chunk_rows=module.chunk_rows,
         logits=module.logits,
         together=module.weighting.scope == "sequence",
+        compared=module.reference_in_force == "copy",
     )
     refuse_logits(module.logits, dtype, options.precision)
     refuse_attention(load.attention)

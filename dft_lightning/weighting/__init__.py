@@ -3,5 +3,19 @@
 from dft_lightning.weighting.base import Source, TokenStats, TokenTarget, TokenWeighting
 from dft_lightning.weighting.likelihood import DFT, Uniform
 from dft_lightning.weighting.reference import ImportanceWeighted
+from dft_lightning.weighting.vocabulary import ASFT, GEM, GIFT, EntropyBonus, LabelSmoothing
 
-__all__ = ["DFT", "ImportanceWeighted", "Source", "TokenStats", "TokenTarget", "TokenWeighting", "Uniform"]
+__all__ = [
+    "ASFT",
+    "DFT",
+    "GEM",
+    "GIFT",
+    "EntropyBonus",
+    "ImportanceWeighted",
+    "LabelSmoothing",
+    "Source",
+    "TokenStats",
+    "TokenTarget",
+    "TokenWeighting",
+    "Uniform",
+]
