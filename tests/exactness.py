@@ -29,7 +29,17 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting import (
+    ASFT,
+    DFT,
+    PSFT,
+    ImportanceWeighted,
+    InfoSFT,
+    TokenStats,
+    TokenWeighting,
+    Uniform,
+)
+from dft_lightning.weighting.catalogue import published
 
 GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 2**0.5
 HALVES = ("bf16-mixed", "bf16-true")
@@ -56,6 +66,7 @@ class Median(TokenWeighting):
         return tokens.p / tokens.p.median() * torch.exp(tokens.need("entropy") - tokens.need("entropy").max())
 
 
+#: In half precision, too; `plain` computes these.
 WEIGHTINGS: list[TokenWeighting] = [
     Uniform(),
     DFT(),
@@ -65,7 +76,10 @@ WEIGHTINGS: list[TokenWeighting] = [
     Sentence(),
     Median(),
 ]
-QUICK = [DFT(), ImportanceWeighted(), Median()]
+#: All others of the package as they are by default.
+OTHERS: list[TokenWeighting] = [cls() for cls in published() if cls not in {type(known) for known in WEIGHTINGS}]
+QUICK: list[TokenWeighting] = [DFT(), ImportanceWeighted(), Median()]
+QUICK_OTHERS: list[TokenWeighting] = [ASFT(), PSFT(window=2), InfoSFT()]
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,11 @@ class Geometry:
     data: dict[str, Any] = field(hash=False)
     chunk_rows: int | None = None
     ranks: int = 1
+
+
+def of_both(quick: bool) -> list[TokenWeighting]:
+    """Those that are compared in float32."""
+    return QUICK + QUICK_OTHERS if quick else WEIGHTINGS + OTHERS
 
 
 WHOLE = Geometry("(8, 1)", {"micro_batch_size": 8})
@@ -210,7 +229,7 @@ def prepare(folder: Path) -> None:
 
 def table(quick: bool) -> list[tuple[str, ...]]:
     """Weighting, geometry, three differences and the verdict, a row each."""
-    weightings, rows = QUICK if quick else WEIGHTINGS, []
+    weightings, rows = of_both(quick), []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         prepare(folder)
@@ -227,7 +246,7 @@ def table(quick: bool) -> list[tuple[str, ...]]:
                 verdict = "ok" if fine else "OUT OF BOUNDS"
                 found = (f"{before:.1e}", f"{after:.1e}", f"{logged:.1e}")
                 rows.append((repr(weighting), shape.name, *found, verdict))
-        rows += half(folder, weightings, quick)
+        rows += half(folder, QUICK if quick else WEIGHTINGS, quick)
     return rows
 
 
@@ -250,9 +269,10 @@ def two_ranks(folder: Path, quick: bool) -> None:
 
 def rank(folder: Path, quick: bool) -> None:
     """What each of the two processes does."""
-    for weighting in QUICK if quick else WEIGHTINGS:
+    for weighting in of_both(quick):
         exact = [(shape, {}, "") for shape in GEOMETRIES if shape.ranks > 1]
         halves = [(shape, {"precision": p, "max_steps": 1}, f" {p}") for shape in IN_HALF for p in HALVES]
+        halves = [] if weighting in OTHERS + QUICK_OTHERS else halves
         for shape, more, suffix in exact + halves:
             found = outcome(folder, weighting, shape, **more)
             if os.environ["RANK"] == "0":

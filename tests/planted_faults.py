@@ -25,6 +25,7 @@ STEPS, STEP_WEIGHTS, NONFINITE = (
 ATTENTION = "tests/test_attention.py::"
 ALONE = f"{ATTENTION}test_logits_of_a_packed_row_are_those_of_its_documents_alone"
 LAYERS = "tests/test_layers.py::"
+TARGETS, REFERENCES = "tests/logprob/test_targets.py::", "tests/test_references.py::"
 MODELS, RENDERING, CALLBACKS = "tests/test_models.py::", "tests/data/test_rendering.py::", "tests/callbacks/test_"
 CUT_UP, FORMULA = f"{MODULE}test_how_a_step_is_cut_up_changes_nothing", f"{MODULE}test_the_first_step_is_the_formula"
 DETACH = f"{NLL}test_the_weight_carries_no_gradient"
@@ -32,7 +33,7 @@ OWN_LOGITS = f"{MODELS}test_loss_and_every_gradient_equal_the_models_own_logits"
 SHIFT = f"{BATCH}test_labels_are_shifted_once_and_masked"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
-SCALE = "trainer.accumulate_grad_batches / units_of(self._sums).clamp(min=1)"
+SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
 BEFORE = 'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])'
 JOINED = """        rendered = Rendered([], [])
         whole = self._encode(["".join(part.text + part.stop for part in segments)], parsed=True)[0]
@@ -58,10 +59,10 @@ FAULTS = [
           ('{"tokens": sum(batch.counts),', '{"tokens": min(sum(batch.counts), 1),')),
     fault(2, "divided again", "step.py", SCALE, f"{SCALE}.square()", FORMULA),
     fault(2, "not divided at all", "step.py", SCALE, "trainer.accumulate_grad_batches * self._sums.new_ones(())", FORMULA),
-    fault(2, "Lightning's division stays", "step.py", SCALE, "1 / units_of(self._sums).clamp(min=1)", CUT_UP),
+    fault(2, "Lightning's division stays", "step.py", SCALE, "1 / at_least_something(units_of(self._sums))", CUT_UP),
     fault(3, "a shorter last window", "data/steps.py", "return mine + [[]] * (self.micro_batches - len(mine))", "return mine",
           f"{STEPS}test_packed_steps_have_as_many_micro_batches_as_the_fullest_of_the_run"),
-    fault(3, "Lightning's division by the full window", "step.py", SCALE, "sum(len(row) > 0 for row in self.skipped._rows) / units_of(self._sums).clamp(min=1)",
+    fault(3, "Lightning's division by the full window", "step.py", SCALE, "sum(len(row) > 0 for row in self.skipped._rows) / at_least_something(units_of(self._sums))",
           CUT_UP),
     fault(4, "the weight is not detached", "logprob/rows.py", "grad.scatter_(1, target[own, None], at_target[own, None])",
           "grad.mul_((1 + logp[own])[:, None]).scatter_(1, target[own, None], ((1 + logp) * at_target)[own, None])", DETACH),
@@ -189,6 +190,30 @@ FAULTS = [
           f"{LAYERS}TestRecomputation::test_gradients_are_the_same_to_the_bit"),
     fault(0, "compiled layers meet another shape", "data/datamodule.py", "is_fixed = self.fixed_shape and", "is_fixed = False and",
           f"{LAYERS}TestCompilation::test_the_same_gradients_and_one_graph_for_the_run"),
+    fault(0, "a target's mass is not given back", "logprob/targets.py", "torch.addcmul(q.neg(), p, q.sum(1, keepdim=True))", "q.neg()",
+          f"{TARGETS}test_equals_the_oracle"),
+    fault(0, "targets without the normaliser's factor", "logprob/targets.py", "q = q * job.factor[rows, None]", "pass", f"{TARGETS}test_equals_the_oracle"),
+    fault(0, "targets of the rows before", "logprob/targets.py", "return slice(chunk.start + part.start, chunk.start + part.stop)", "return part",
+          f"{TARGETS}test_equals_the_oracle"),
+    fault(0, "the reference without its transform", "logprob/targets.py", "ref_logp = job.reference.transform.forward_(wide)", "ref_logp = wide",
+          f"{TARGETS}test_equals_the_oracle"),
+    fault(0, "rows of weight zero lose their targets", "logprob/passes.py", " or job.weighting.vocabulary:", ":", f"{TARGETS}test_a_weight_of_zero"),
+    fault(0, "ASFT's divergences are the same", "weighting/vocabulary.py", 'if self.direction == "forward":', "if True:", f"{TARGETS}test_the_gradient"),
+    fault(0, "GEM's q is the model's own", "weighting/vocabulary.py", "(logp / self.beta)", "(logp / 1.0)", f"{TARGETS}test_the_gradient"),
+    fault(0, "GEM's h is forgotten", "weighting/vocabulary.py", 'self.h == "logsigmoid":', "False:", f"{TARGETS}test_the_gradient"),
+    fault(0, "GIFT tilts every word", "weighting/vocabulary.py", "scatter_add(1, tokens.target[:, None], tilt)", "add(tilt)", f"{TARGETS}test_the_gradient"),
+    fault(0, "smoothing by ε in place of ε/V", "weighting/vocabulary.py", "self.smoothing / logp.shape[1]", "self.smoothing", f"{TARGETS}test_the_gradient"),
+    fault(0, "an entropy penalty", "weighting/vocabulary.py", "self.strength * (surprise", "-self.strength * (surprise", f"{TARGETS}test_the_gradient"),
+    fault(0, "the reference is the model with its adapter", "models.py", "with self._evaluating(adapter=False):", "with self._evaluating(adapter=True):",
+          f"{REFERENCES}TestTheReferencesDistribution"),
+    fault(0, "the copy is trained too", "reference.py", "network = WeightedLM(module.initial_model().to(module.device)).requires_grad_(False).eval()", "network = module.network",
+          f"{REFERENCES}TestTheReferencesDistribution"),
+    fault(0, "a new old policy every step", "old_policy.py", "return self.start != step - step % self.window", "return True", f"{REFERENCES}TestTheOldPolicy"),
+    fault(0, "an old policy for ever", "old_policy.py", "return self.start != step - step % self.window", "return self.start is None", f"{REFERENCES}TestTheOldPolicy"),
+    fault(0, "the old policy is lost in a checkpoint", "module.py", 'if self.old_policy is not None and "old_policy" in facts:', "if False:",
+          f"{REFERENCES}TestTheOldPolicy"),
+    fault(0, "mean weight 1 is forgotten", "normalizer.py", 'if divisor != "tokens":', "if False:", f"{REFERENCES}TestTheDivisor"),
+    fault(0, "the divisor without the normaliser's factor", "normalizer.py", "(counted * factor).sum()", "counted.sum()", f"{REFERENCES}TestTheDivisor"),
     fault(0, "a checkpoint that is late is not written", "step.py", "if wish)", "if False)", f"{CALLBACKS}checkpoints.py"),
 ]  # fmt: skip
 
