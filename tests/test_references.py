@@ -137,7 +137,7 @@ class TestTheOldPolicy:
         module, _, _ = fit(model_dir, rows_file, Ratio(2), max_steps=4, kind=Watched, data={"micro_batch_size": 4})
         steps = [module.seen[i : i + 2] for i in range(0, 8, 2)]
         for number, parts in enumerate(steps):
-            off = max(float((part.weight - 1.0).abs().max()) for part in parts)
+            off = max(float((part.weight - 1.0).abs().max()) for part in parts if len(part))
             assert off == 0.0 if number % 2 == 0 else off > 1e-6
         later, _, _ = fit(model_dir, rows_file, Ratio(2), max_steps=2, kind=Watched, data={"micro_batch_size": 4})
         again, _, _ = fit(model_dir, rows_file, Ratio(1), max_steps=2, kind=Watched, data={"micro_batch_size": 4})
@@ -148,7 +148,7 @@ class TestTheOldPolicy:
         def run(steps, **more):
             saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
             return fit(
-                model_dir, rows_file, Ratio(3), max_steps=steps, callbacks=[saving], enable_checkpointing=True, **more
+                model_dir, rows_file, Ratio(3), max_epochs=2, max_steps=steps, callbacks=[saving], enable_checkpointing=True, **more
             )
 
         _, whole, _ = run(5)
