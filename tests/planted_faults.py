@@ -224,7 +224,7 @@ FAULTS = [
           GRADIENT),
     fault(0, "formula of TALR: a step in which all is certain", "weighting/adaptive.py", ".quantile(0.5).clamp(min=1e-6)", ".quantile(0.5)",
           EDGES),
-    fault(0, "formula of InfoSFT: no weight below 0 is kept from", "weighting/adaptive.py", "(highest - logit).clamp(min=0)", "(highest - logit)",
+    fault(0, "formula of InfoSFT: weights below 0", "weighting/adaptive.py", "(highest - logit).clamp(min=0)", "(highest - logit)",
           GRADIENT),
     fault(0, "formula of InfoSFT: not divided by its mean", "weighting/adaptive.py", 'divisor: ClassVar[Divisor] = "weights"', 'divisor: ClassVar[Divisor] = "tokens"',
           GRADIENT),

@@ -73,11 +73,7 @@ def held(weighting: TokenWeighting) -> str:
     tokens = f"{_OWN} other tokens in the response"
     if weighting.scope == "step":
         tokens += f", and {_RESPONSES} responses of {_LENGTH} tokens beside it, from likelier to less likely ones"
-    return f"Held: {tokens}, p around {0.5 if len(_needed(weighting)) else 'the given value'}."
-
-
-def _needed(weighting: TokenWeighting) -> set[str]:
-    return set(weighting.needs) & set(_LEVELS)
+    return f"Held: {tokens}, p around {'the given value' if settings(weighting)[0].levels == {} else 0.5}."
 
 
 def _of_levels(levels: dict[str, float]) -> Setting:
@@ -105,7 +101,7 @@ def _curve(weighting: TokenWeighting, points: Tensor, setting: Setting) -> Curve
 
 def _tokens(points: Tensor, setting: Setting) -> TokenStats:
     """Tokens of these probabilities (G,), in a response of their own each."""
-    held = {name: torch.full_like(points, level) for name, level in setting.levels.items()}
+    levels = {name: torch.full_like(points, level) for name, level in setting.levels.items()}
     return TokenStats(
         logp=points.log(),
         target=torch.zeros(len(points), dtype=torch.long),
@@ -113,7 +109,7 @@ def _tokens(points: Tensor, setting: Setting) -> TokenStats:
         position=torch.zeros(len(points), dtype=torch.long),
         stop=torch.zeros(len(points), dtype=torch.bool),
         progress=setting.progress,
-        **{name: level.log() if name in _PROBABILITIES else level for name, level in held.items()},
+        **{name: level.log() if name in _PROBABILITIES else level for name, level in levels.items()},
     )
 
 

@@ -54,12 +54,14 @@ class Entry:
     @property
     def scope(self) -> str | None:
         """How far a weight looks at other tokens."""
-        return _of_defaults(self.cls, "scope")
+        scope: str | None = _of_defaults(self.cls, "scope")
+        return scope
 
     @property
     def needs(self) -> frozenset[str] | None:
         """The statistics it looks at beside log p."""
-        return _of_defaults(self.cls, "needs")
+        needs: frozenset[str] | None = _of_defaults(self.cls, "needs")
+        return needs
 
     @property
     def divisor(self) -> str:
