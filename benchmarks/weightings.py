@@ -18,6 +18,8 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dft_lightning.weighting.catalogue import entries
+
 OWN = '''"""A weighting of one's own."""
 
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ BETWEEN = 4  # weightings from one run with Uniform to the next
 
 def every_weighting() -> list[str]:
     """Names of all that the package has, and one of a user's."""
-    return [cls.__name__ for cls in published() if cls.__name__ != "Uniform"] + ["my_weighting.Confident"]
+    return [entry.name for entry in entries() if entry.name != "Uniform"] + ["my_weighting.Confident"]
 
 
 def fit(options: argparse.Namespace, weighting: str, run: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import isabstract
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -63,8 +64,8 @@ class Parser(LightningArgumentParser):
 def _class_hint(key: str, name: str) -> str:
     """What could have been meant by a class name that is not known."""
     base: type = TokenWeighting if key == "model.weighting" else ChatDataModule
-    known = [cls.__name__ for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
-    known = sorted(name for name in known if name != "TokenWeighting")
+    ours = [cls for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
+    known = sorted(cls.__name__ for cls in ours if not isabstract(cls))
     return f"--{key} {name!r} is none of {', '.join(known)}; write a class of your own as file.Class"
 
 

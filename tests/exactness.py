@@ -39,7 +39,7 @@ from dft_lightning.weighting import (
     TokenWeighting,
     Uniform,
 )
-from dft_lightning.weighting.catalogue import published
+from dft_lightning.weighting.catalogue import entries
 
 GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 2**0.5
 HALVES = ("bf16-mixed", "bf16-true")
@@ -76,8 +76,19 @@ WEIGHTINGS: list[TokenWeighting] = [
     Sentence(),
     Median(),
 ]
+#: For fields without a default.
+_CHOSEN: dict[str, dict[str, Any]] = {
+    "MixCE": {"eta": 0.3},
+    "Power": {"alpha": 2.0},
+    "Thresholded": {"threshold": 0.011},
+    "PSFT": {"window": 2},
+}
 #: All others of the package as they are by default.
-OTHERS: list[TokenWeighting] = [cls() for cls in published() if cls not in {type(known) for known in WEIGHTINGS}]
+OTHERS: list[TokenWeighting] = [
+    entry.cls(**_CHOSEN.get(entry.name, {}))
+    for entry in entries()
+    if entry.cls not in {type(known) for known in WEIGHTINGS}
+]
 QUICK: list[TokenWeighting] = [DFT(), ImportanceWeighted(), Median()]
 QUICK_OTHERS: list[TokenWeighting] = [ASFT(), PSFT(window=2), InfoSFT()]
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from dft_lightning.weighting.base import REF_DISTRIBUTION, Divisor, Scope, Source, TokenStats, TokenTarget, TokenWeighting
-from dft_lightning.weighting.likelihood import Uniform
+from dft_lightning.weighting.fields import expect
+from dft_lightning.weighting.likelihood import CLIMBS_P, Monitor, Uniform
+
+#: For cross-entropies with a target that does not move.
+DESCENDS_OBJECTIVE: Monitor = ("val/objective", "min")
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,18 @@ class ASFT(TokenTarget):
     direction: Literal["forward", "reverse"] = "forward"
 
     needs = frozenset({REF_DISTRIBUTION})
-    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/p_mean", "max")
-    formula = "w = p, and λ·KL(ref ‖ π) or λ·KL(π ‖ ref) over the vocabulary"
+    monitor = CLIMBS_P
+    formula = "p, and λ·KL(ref ‖ π) or λ·KL(π ‖ ref) over the vocabulary"
     source = Source(
         "Zhu et al.",
         "Anchored Supervised Fine-Tuning",
-        "arXiv 2509.23753",
+        "2509.23753",
         note='The authors\' code takes KL(ref ‖ π), as "forward" here; the paper\'s text reads as the "reverse".',
     )
 
     def __post_init__(self) -> None:
-        if self.strength < 0.0:
-            raise ValueError(f"ASFT.strength is {self.strength}; expected 0 or more")
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(f'ASFT.direction is {self.direction!r}; expected "forward" or "reverse"')
+        expect(0.0 <= self.strength < math.inf, "ASFT.strength", self.strength, "a number of 0 or more")
+        expect(self.direction in ("forward", "reverse"), "ASFT.direction", self.direction, '"forward" or "reverse"')
 
     def weights(self, tokens: TokenStats) -> Tensor:
         return tokens.p
@@ -72,18 +74,16 @@ class GEM(TokenTarget):
     beta: float = 0.7
     h: Literal["linear", "logsigmoid"] = "linear"
 
-    formula = "w = Σ_v q_v·h_v, and −q_v·h_v on each word, q = softmax(z/β)"
+    formula = "Σ_v q_v·h_v, and −q_v·h_v on each word, q = softmax(z/β)"
     source = Source(
         "Li et al.",
         "Preserving Diversity in Supervised Fine-Tuning of Large Language Models",
-        "arXiv 2408.16673",
+        "2408.16673",
     )
 
     def __post_init__(self) -> None:
-        if self.beta <= 0.0:
-            raise ValueError(f"GEM.beta is {self.beta}; expected more than 0")
-        if self.h not in ("linear", "logsigmoid"):
-            raise ValueError(f'GEM.h is {self.h!r}; expected "linear" or "logsigmoid"')
+        expect(0.0 < self.beta < math.inf, "GEM.beta", self.beta, "a number above 0")
+        expect(self.h in ("linear", "logsigmoid"), "GEM.h", self.h, '"linear" or "logsigmoid"')
 
     def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
         q = (logp / self.beta).softmax(1)
@@ -103,17 +103,16 @@ class GIFT(TokenTarget):
     beta: float = 20.0
 
     needs = frozenset({REF_DISTRIBUTION})
-    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/objective", "min")
+    monitor = DESCENDS_OBJECTIVE
     formula = "q = softmax(log ref + β·onehot(y))"
     source = Source(
         "Zhao et al.",
         "GIFT: Reconciling Post-Training Objectives via Finite-Temperature Gibbs Initialization",
-        "arXiv 2601.09233",
+        "2601.09233",
     )
 
     def __post_init__(self) -> None:
-        if self.beta < 0.0:
-            raise ValueError(f"GIFT.beta is {self.beta}; expected 0 or more")
+        expect(0.0 <= self.beta < math.inf, "GIFT.beta", self.beta, "a number of 0 or more")
 
     def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
         assert ref_logp is not None  # named in `needs`
@@ -131,15 +130,14 @@ class LabelSmoothing(TokenTarget):
 
     smoothing: float = 0.1
 
-    monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/objective", "min")
-    formula = "w = 1 − ε, and ε/V on each word"
+    monitor = DESCENDS_OBJECTIVE
+    formula = "1 − ε, and ε/V on each word"
     source = Source(
-        "Szegedy et al.", "Rethinking the Inception Architecture for Computer Vision", "arXiv 1512.00567", "section 7"
+        "Szegedy et al.", "Rethinking the Inception Architecture for Computer Vision", "1512.00567", "section 7"
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(f"LabelSmoothing.smoothing is {self.smoothing}; expected a number from 0 to less than 1")
+        expect(0.0 <= self.smoothing < 1.0, "LabelSmoothing.smoothing", self.smoothing, "a number from 0 to less than 1")
 
     def weights(self, tokens: TokenStats) -> Tensor:
         return torch.full_like(tokens.logp, 1.0 - self.smoothing)
@@ -162,7 +160,7 @@ class EntropyBonus(TokenTarget):
     of: TokenWeighting = field(default_factory=Uniform)
     strength: float = 0.01
 
-    formula = "w = of, and −c·H over the vocabulary"
+    formula = "of, and −c·H over the vocabulary"
     source = Source(
         "Williams and Peng",
         "Function Optimization Using Connectionist Reinforcement Learning Algorithms",
@@ -170,8 +168,7 @@ class EntropyBonus(TokenTarget):
     )
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ValueError(f"EntropyBonus.strength is {self.strength}; expected a finite number")
+        expect(math.isfinite(self.strength), "EntropyBonus.strength", self.strength, "a finite number")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
