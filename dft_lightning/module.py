@@ -158,7 +158,9 @@ class FineTuner(WeightedModule):
         data, now = cast("ChatDataModule", self.trainer.datamodule), self.trainer.global_step  # type: ignore[attr-defined]
         last = min(now - now % old.window + old.window, self.total_steps)
         steps = [divmod(step + further, data.sampler().steps) for further in range(last - now)]
-        batches = (batch for epochs, number in steps for batch in data.step(self.trainer.current_epoch + epochs, number))
+        batches = (
+            batch for epochs, number in steps for batch in data.step(self.trainer.current_epoch + epochs, number)
+        )
         found = ((batch, self._network.logp(self._moved(batch), **self._head_options)) for batch in batches)
         old.begin(now, found, self.trainer.world_size)
 
@@ -217,7 +219,9 @@ class FineTuner(WeightedModule):
         data = getattr(self.trainer, "datamodule", None)
         ahead = self.weighting.scope == "step" or self.old_policy is not None
         if ahead and not hasattr(data, "step"):
-            raise UserError(f"{type(self.weighting).__name__} looks ahead at whole steps: train with a ChatDataModule")
+            raise UserError(
+                f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
+            )
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()

@@ -62,7 +62,7 @@ class RowValues:
 
 
 def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: Iterable[str]) -> None:
-    """For a cached reference: give the data module the reference log-probabilities of what this run uses of `stages`, computed where missing.
+    """Give the data module the cached log-probabilities of what this run uses of `stages`, computed where missing.
 
     Where the live model is no longer the initial one, that is loaded beside it.
     """

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dft_lightning import resume
 from dft_lightning.errors import UserError
-from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.logprob import ReferenceHead
+from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
@@ -211,7 +211,7 @@ class WeightedModule(pl.LightningModule):
         return self._network if self.reference_in_force == "adapter_off" else self._initial[0]
 
     def _old_logp(self, batch: "Batch") -> Tensor | None:
-        """Under the old policy, (N,), where the weighting needs it; outside of training the policy is its own old one."""
+        """Under the old policy, (N,), where the weighting needs it; outside of training the policy is its own."""
         if "old_logp" not in self.weighting.needs:
             return None
         if self.training and self.old_policy is not None:

@@ -97,7 +97,7 @@ class TestTheReferencesDistribution:
             assert torch.equal(module.seen[0].weight, torch.ones_like(module.seen[0].weight))
 
     def test_the_copy_is_no_part_of_the_module(self, model_dir, rows_file, tmp_path):
-        module, _, trainer = fit(model_dir, rows_file, ASFT(), max_steps=1)
+        module, _, _trainer = fit(model_dir, rows_file, ASFT(), max_steps=1)
         copies = [tensor.data_ptr() for tensor in module._initial[0].state_dict().values()]
         own = {tensor.data_ptr() for tensor in module.state_dict().values()}
         assert own.isdisjoint(copies)
@@ -148,7 +148,14 @@ class TestTheOldPolicy:
         def run(steps, **more):
             saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
             return fit(
-                model_dir, rows_file, Ratio(3), max_epochs=2, max_steps=steps, callbacks=[saving], enable_checkpointing=True, **more
+                model_dir,
+                rows_file,
+                Ratio(3),
+                max_epochs=2,
+                max_steps=steps,
+                callbacks=[saving],
+                enable_checkpointing=True,
+                **more,
             )
 
         _, whole, _ = run(5)

@@ -195,9 +195,7 @@ def _borders(job: Job, lengths: Sequence[int] | None) -> list[int] | None:
     return ends
 
 
-def _check_reference(
-    hidden: Tensor, head: Tensor, weighting: TokenWeighting, reference: ReferenceHead | None
-) -> None:
+def _check_reference(hidden: Tensor, head: Tensor, weighting: TokenWeighting, reference: ReferenceHead | None) -> None:
     """Refuse targets without the reference that they want, or with one over other words."""
     name = type(weighting).__name__
     if reference is None:

@@ -58,7 +58,7 @@ class TargetRows:
     head: Factor | None
 
     def __post_init__(self) -> None:
-        rows, vocabulary = self.logits.shape
+        vocabulary = self.logits.shape[1]
         on_cpu = self.logits.device.type == "cpu"
         size = self.job.precision.compute.itemsize * vocabulary
         self.size = block_rows(vocabulary, self.job.precision.compute) if on_cpu else max(1, _GPU_BLOCK_BYTES // size)

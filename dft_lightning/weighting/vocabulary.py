@@ -5,12 +5,20 @@ Shapes: R tokens, V vocabulary. What they add to the gradient by the logits is g
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dft_lightning.weighting.base import REF_DISTRIBUTION, Divisor, Scope, Source, TokenStats, TokenTarget, TokenWeighting
+from dft_lightning.weighting.base import (
+    REF_DISTRIBUTION,
+    Divisor,
+    Scope,
+    Source,
+    TokenStats,
+    TokenTarget,
+    TokenWeighting,
+)
 from dft_lightning.weighting.fields import expect
 from dft_lightning.weighting.likelihood import CLIMBS_P, Monitor, Uniform
 
@@ -22,6 +30,7 @@ DESCENDS_OBJECTIVE: Monitor = ("val/objective", "min")
 class ASFT(TokenTarget):
     """DFT's w = p, held near the initial model by strength · KL over the whole vocabulary.
 
+    Zhu et al., "Anchored Supervised Fine-Tuning", arXiv 2509.23753.
     direction "forward" is KL(ref ‖ π), whose gradient by the logits is π − ref; "reverse" is KL(π ‖ ref), whose
     gradient is π_v·(log π_v − log ref_v − KL). The logged objective has the forward KL's cross-entropy in its place,
     which is the KL plus the reference's entropy, a constant.
@@ -64,7 +73,9 @@ class ASFT(TokenTarget):
 class GEM(TokenTarget):
     """−Σ_v q_v·h_v·(log π(y) − log π(v)) with q = softmax(z / β): the likelihood against what the model prefers to it.
 
-    A sharper q (β < 1) than the model's own pushes down the few likeliest words, and leaves the diversity of the rest.
+    Li et al., "Preserving Diversity in Supervised Fine-Tuning of Large Language Models", arXiv 2408.16673.
+    A q that is sharper (β < 1) than the model's own pushes down the few likeliest words, and leaves the diversity of
+    the rest.
 
     Args:
         beta: β, more than 0.
@@ -96,6 +107,9 @@ class GEM(TokenTarget):
 class GIFT(TokenTarget):
     """The cross-entropy to softmax(log ref + β·onehot(y)): the initial model, tilted to the given word.
 
+    Zhao et al., "GIFT: Reconciling Post-Training Objectives via Finite-Temperature Gibbs Initialization",
+    arXiv 2601.09233.
+
     Args:
         beta: β, in nats, by how much the given word is raised.
     """
@@ -124,6 +138,8 @@ class GIFT(TokenTarget):
 class LabelSmoothing(TokenTarget):
     """The cross-entropy to (1 − ε)·onehot(y) + ε/V.
 
+    Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567, section 7.
+
     Args:
         smoothing: ε, from 0 to less than 1; 0 is SFT.
     """
@@ -137,7 +153,9 @@ class LabelSmoothing(TokenTarget):
     )
 
     def __post_init__(self) -> None:
-        expect(0.0 <= self.smoothing < 1.0, "LabelSmoothing.smoothing", self.smoothing, "a number from 0 to less than 1")
+        expect(
+            0.0 <= self.smoothing < 1.0, "LabelSmoothing.smoothing", self.smoothing, "a number from 0 to less than 1"
+        )
 
     def weights(self, tokens: TokenStats) -> Tensor:
         return torch.full_like(tokens.logp, 1.0 - self.smoothing)
@@ -150,7 +168,8 @@ class LabelSmoothing(TokenTarget):
 class EntropyBonus(TokenTarget):
     """Any weighting, and −strength·H(π) in the loss, whose gradient by the logits is strength·π_v·(log π_v + H).
 
-    The logged objective has another value in the place of −strength·H, with the same gradient.
+    Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning Algorithms", Connection
+    Science 3, 1991. The logged objective has another value in the place of −strength·H, with the same gradient.
 
     Args:
         of: the weighting that gets the bonus.
@@ -192,6 +211,6 @@ class EntropyBonus(TokenTarget):
     def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
         p = logp.exp()
         surprise = torch.special.entr(p)  # −p·log p, 0 at p = 0
-        bonus = self.strength * (surprise - p * surprise.sum(1, keepdim=True))
+        bonus: Tensor = self.strength * (surprise - p * surprise.sum(1, keepdim=True))
         inner = self.of.targets(tokens, logp, ref_logp)
         return bonus if inner is None else bonus + inner

@@ -12,9 +12,7 @@ EACH = {type(row[0]): row[0] for row in PUBLISHED if "old_logp" not in row[0].ne
 @pytest.mark.parametrize("weighting", EACH.values(), ids=repr)
 def test_one_gradient_from_micro_batches_of_any_size(model_dir, rows_file, weighting):
     """Bound: 1e-5, as in exactness.py: √10⁴ roundings of 6e-8 in float32."""
-    runs = [
-        fit(model_dir, rows_file, weighting, data={"micro_batch_size": size}, max_steps=2)[1] for size in (8, 3)
-    ]
+    runs = [fit(model_dir, rows_file, weighting, data={"micro_batch_size": size}, max_steps=2)[1] for size in (8, 3)]
     whole, parts = (run.gradients for run in runs)
     assert len(whole) == len(parts) == 2
     for one, other in zip(whole, parts, strict=True):
