@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -20,11 +19,10 @@ from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
 from dft_lightning.recomputation import Recomputation, recompute
+from dft_lightning.refusals import refuse, refuse_fused_scaling
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
-from dft_lightning.weighting.base import REF_DISTRIBUTION
-from dft_lightning.weighting.proof import prove
 from dft_lightning.weighting.spec import from_spec, to_spec
 
 if TYPE_CHECKING:
@@ -110,7 +108,7 @@ class FineTuner(WeightedModule):
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
         self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
-        _refuse(self)
+        refuse(self)
 
     def setup(self, stage: str) -> None:
         """Compiled layers want batches of one shape, before any is made."""
@@ -261,7 +259,7 @@ class FineTuner(WeightedModule):
         if self._resumed is not None:
             then, now = self._resumed["optimizer"], type(optimizer).__qualname__
             resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
-        _refuse_fused_scaling(self.trainer, optimizer)
+        refuse_fused_scaling(self.trainer, optimizer)
         total = self.total_steps
         scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
         self._settings = settings(optimizer)
@@ -293,33 +291,3 @@ class FineTuner(WeightedModule):
 
 def _revived(value: Any, build: Callable[[Mapping[str, Any]], Any]) -> Any:
     return build(value) if isinstance(value, Mapping) else value
-
-
-def _refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """Lightning leaves unscaling to such an optimizer, so that its gradients would be clipped as they are scaled."""
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise UserError(
-            f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
-            "late for clipping and logging: set fused to false, or take bf16"
-        )
-
-
-def _refuse(module: FineTuner) -> None:
-    """What would be ignored or computed wrongly is refused before anything is loaded."""
-    name = type(module.weighting).__name__
-    try:
-        prove(module.weighting)
-    except ValueError as error:
-        raise UserError(f"weighting refused: {error}") from error
-    if unknown := set(module.weighting.needs) & {"reward", "data_weight"}:
-        raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
-    if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
-        raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")
-    if module.reference == "adapter_off" and module.lora is None:
-        raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
-    for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"model.{option} is {value}; expected 1 or more")
-    if not 0.0 <= module.warmup_ratio < 1.0:
-        raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")

@@ -132,8 +132,16 @@ def published(weighting: TokenWeighting, logp: Tensor, target: Tensor, ref: Tens
 
 @pytest.mark.parametrize(
     "weighting",
-    [ASFT(0.3), ASFT(0.3, "reverse"), GEM(), GEM(0.4, "logsigmoid"), GIFT(), GIFT(3.0), LabelSmoothing(0.2)]
-    + [EntropyBonus(strength=0.4)],  # noqa: RUF005
+    [
+        ASFT(0.3),
+        ASFT(0.3, "reverse"),
+        GEM(),
+        GEM(0.4, "logsigmoid"),
+        GIFT(),
+        GIFT(3.0),
+        LabelSmoothing(0.2),
+        EntropyBonus(strength=0.4),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("spread", [0.1, 1.0, 15.0])
