@@ -67,7 +67,9 @@ def test_the_list_has_every_weighting(capsys):
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
     assert listed == [entry.name for entry in entries()]
     assert "TALR                max(p^(1/τ), w_min)" in out
-    assert "Lin et al., 2509.20758 (known from others' code); scope step; needs log p only; cost: one more forward" in out
+    assert (
+        "Lin et al., 2509.20758 (known from others' code); scope step; needs log p only; cost: one more forward" in out
+    )
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
@@ -85,9 +87,10 @@ def test_each_is_explained(capsys, entry):
 
 def test_fields_are_those_of_a_fit(capsys):
     assert "DFT(floor=0.25)" in dft(capsys, "DFT", "--floor", "0.25")[1]
-    assert "Thresholded(threshold=0.5, on='logp', keep='top')" in dft(
-        capsys, "Thresholded", "--threshold=0.5", "--on", "logp"
-    )[1]
+    assert (
+        "Thresholded(threshold=0.5, on='logp', keep='top')"
+        in dft(capsys, "Thresholded", "--threshold=0.5", "--on", "logp")[1]
+    )
 
 
 def test_an_image(capsys, tmp_path):
@@ -102,9 +105,9 @@ def test_an_image(capsys, tmp_path):
     ("args", "message"),
     [
         (["DTF"], "no weighting 'DTF'; there are CADFT, CHORD"),
-        (["DFT", "--floor", "2"], "DFT.floor is 2.0; expected a number from 0 to 1"),
-        (["DFT", "--flor", "0.1"], "flor"),
-        (["DFT", "--floor", "much"], "floor"),
+        (["DFT", "--floor", "2"], "error: DFT.floor is 2.0; expected a number from 0 to 1"),
+        (["DFT", "--flor", "0.1"], "error: DFT: Option 'flor' is not accepted"),
+        (["DFT", "--floor", "much"], 'error: DFT: Parser key "floor": '),
         (["DFT", "--plot"], "--plot needs a file"),
         (["DFT", "--plot", "nowhere/dft.png"], "--plot nowhere/dft.png"),
         (["Thresholded", "--plot", "x.png"], "no plot of Thresholded: give --threshold VALUE"),
