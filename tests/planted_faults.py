@@ -277,6 +277,8 @@ FAULTS = [
           GRADIENT),
     fault(0, "formula of Rho-1: all tokens in the denominator", "weighting/reference.py", 'divisor: ClassVar[Divisor] = "selected"', 'divisor: ClassVar[Divisor] = "tokens"',
           GRADIENT),
+    fault(0, "formula of Rho-1: rounding decides while all tie", "weighting/reference.py", "values[kept - 1] - _TIE", "values[kept - 1]",
+          "tests/weighting/test_formulas.py::test_rounding_is_no_excess"),
     fault(0, "formula of iw-SFT: the sum over the response", "weighting/reference.py", "tokens.sequence_mean(ratio)", "tokens.sequence_sum(ratio)",
           GRADIENT),
     fault(0, "formula of CADFT: easy responses get more", "weighting/sentence.py", "z.clamp(min=0)", "z",

@@ -5,6 +5,7 @@ Starts without lightning and transformers, which nothing here needs.
 
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -137,17 +138,24 @@ def _made(entry: "Entry", options: Sequence[str]) -> "TokenWeighting | str":
     from dft_lightning.weighting import TokenWeighting
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TokenWeighting, "weighting", required=True)
+    parser.add_argument("--weighting", type=TokenWeighting)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
     path = f"{entry.cls.__module__}.{entry.cls.__qualname__}"
     prefixed = [f"--weighting.{option[2:]}" if option.startswith("--") else option for option in options]
     if not options and (missing := _without_default(entry)):
         return f"give {' and '.join(f'--{name} VALUE' for name in missing)}"
     try:
-        made = parser.instantiate_classes(parser.parse_args([f"--weighting={path}", *prefixed])).weighting
+        made = instantiate(parser.parse_args([f"--weighting={path}", *prefixed])).weighting
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(f"{entry.name}: {error}") from error
+        raise UserError(_said(entry.name, str(error))) from error
     assert isinstance(made, TokenWeighting)
     return made
+
+
+def _said(name: str, text: str) -> str:
+    """An error in a field, without the parser's way to it."""
+    text = re.sub(r'Parser key "weighting": (Problem with given class_path \S+ )?', "", " ".join(text.split()))
+    return text if text.startswith(f"{name}.") else f"{name}: {text}"
 
 
 def _without_default(entry: "Entry") -> list[str]:

@@ -10,6 +10,9 @@ from torch import Tensor
 from dft_lightning.weighting.base import Divisor, Scope, Source, TokenStats, TokenWeighting
 from dft_lightning.weighting.fields import expect
 
+#: Nats within which log-probabilities are equal: those of the reference come from other batches, and from a cache, and
+#: differ by rounding, 1e-5 in float32, while the model is its reference.
+_TIE = 1e-4
 _PUBLISHED_CLIP = {"sequence": (0.0, 16.0), "token": (0.2, 1.8)}
 
 
@@ -105,7 +108,7 @@ class Rho1(TokenWeighting):
 
     Lin et al., "Rho-1: Not All Tokens Are What You Need", arXiv 2404.07965. Known from others' implementations only.
     The percentage is of the whole optimizer step, where those take it of the micro-batch, and the divisor is the number
-    of tokens that are kept. Tokens at the border with the same excess are all kept, so their order does not matter.
+    of tokens that are kept. Tokens within 1e-4 nats of the border are all kept: neither order nor rounding matters.
     In the paper the reference is another model, trained on clean data; here it is the frozen initial model. At the
     start all tokens tie with it, and all are kept; later those are kept that have become less likely than they were,
     or have gained least.
@@ -135,5 +138,5 @@ class Rho1(TokenWeighting):
     def weights(self, tokens: TokenStats) -> Tensor:
         excess = tokens.need("ref_logp") - tokens.logp
         kept = max(1, math.ceil(self.percent * len(tokens) / 100 - 1e-9))  # no token more by rounding of the percentage
-        border = excess.sort(descending=True).values[kept - 1]
+        border = excess.sort(descending=True).values[kept - 1] - _TIE
         return (excess >= border).to(excess.dtype)

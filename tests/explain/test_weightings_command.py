@@ -105,9 +105,9 @@ def test_an_image(capsys, tmp_path):
     ("args", "message"),
     [
         (["DTF"], "no weighting 'DTF'; there are CADFT, CHORD"),
-        (["DFT", "--floor", "2"], "DFT.floor is 2.0; expected a number from 0 to 1"),
-        (["DFT", "--flor", "0.1"], "flor"),
-        (["DFT", "--floor", "much"], "floor"),
+        (["DFT", "--floor", "2"], "error: DFT.floor is 2.0; expected a number from 0 to 1"),
+        (["DFT", "--flor", "0.1"], "error: DFT: Option 'flor' is not accepted"),
+        (["DFT", "--floor", "much"], 'error: DFT: Parser key "floor": '),
         (["DFT", "--plot"], "--plot needs a file"),
         (["DFT", "--plot", "nowhere/dft.png"], "--plot nowhere/dft.png"),
         (["Thresholded", "--plot", "x.png"], "no plot of Thresholded: give --threshold VALUE"),

@@ -5,8 +5,11 @@ import torch
 from harness import fit
 from test_published import PUBLISHED
 
+from dft_lightning.weighting import ProFit
+
 #: One of each class; the old policy that PSFT compares with is tested where it is kept.
 EACH = {type(row[0]): row[0] for row in PUBLISHED if "old_logp" not in row[0].needs}
+EACH[ProFit] = ProFit(0.8, "lower")  # an untrained model gives no token a p of 0.1
 
 
 @pytest.mark.parametrize("weighting", EACH.values(), ids=repr)

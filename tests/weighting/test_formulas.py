@@ -139,6 +139,14 @@ def test_what_compares_with_a_model_is_uniform_while_it_is_that_model(weighting,
     assert torch.equal(checked_weights(weighting, same), torch.ones(len(tokens)))
 
 
+def test_rounding_is_no_excess():
+    """The reference's log p are rounded otherwise than the live model's: that does not choose tokens."""
+    tokens = everything(torch.float32)
+    rounded = tokens.logp + 1e-5 * torch.randn(len(tokens), generator=torch.Generator().manual_seed(0))
+    near = TokenStats(**(tokens.tensors() | {"ref_logp": rounded}))
+    assert torch.equal(Rho1().weights(near), torch.ones(len(tokens)))
+
+
 def test_the_sentence_of_one_token_is_dft():
     tokens = stats([0.3, 1e-30, 1.0], [0, 1, 2])
     for mean in ("geometric", "product"):

@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, N supervised tokens, V words.
 """
 
+import math
 import statistics
 from types import SimpleNamespace
 
@@ -112,8 +113,8 @@ def talr(of: SimpleNamespace) -> Tensor:
 
 
 def infosft(of: SimpleNamespace) -> Tensor:
-    logit = (of.p / of.rest).log()
-    weight = (of.p * (torch.tensor(0.93 / 0.07).double().log() - logit).clamp(min=0)).detach()
+    logit = of.logp - of.rest.abs().log()
+    weight = (of.p * (math.log(0.93 / 0.07) - logit).clamp(min=0)).detach()
     return sft(weight / mean(weight, of.mask), of)
 
 
