@@ -168,8 +168,9 @@ class LabelSmoothing(TokenTarget):
 class EntropyBonus(TokenTarget):
     """Any weighting, and −strength·H(π) in the loss, whose gradient by the logits is strength·π_v·(log π_v + H).
 
-    Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning Algorithms", Connection
-    Science 3, 1991. The logged objective has another value in the place of −strength·H, with the same gradient.
+    Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning Algorithms",
+    Connection Science 3, 1991. The logged objective has another value in the place of −strength·H, with the same
+    gradient.
 
     Args:
         of: the weighting that gets the bonus.
