@@ -214,13 +214,25 @@ def test_bfloat16_inputs(weighting, logits):
         assert relative(ours, truth) < (2.0**-8 if logits is None else 2.5e-2)
 
 
-def test_a_weight_of_zero_leaves_the_targets(monkeypatch):
+@dataclass(frozen=True)
+class Elsewhere(TokenTarget):
+    """Every word but the given one."""
+
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+        return torch.ones_like(logp).scatter(1, tokens.target[:, None], 0.0)
+
+
+def test_a_weight_of_zero_leaves_the_targets():
     """Rows whose own weight is zero are left out of the products of token weightings only."""
     leaves, target, reference, _ = problem()
+    for weighting in (GIFT(0.0), Elsewhere()):
+        ours = gradients(weighted_nll, weighting, leaves, target, reference, {})
+        truth = gradients(dense_weighted_nll, weighting, leaves, target, reference, {})
+        for mine, theirs in zip(ours[2], truth[2], strict=True):
+            assert relative(mine, theirs) < 1e-10
+    assert not ours[1].weight.any()
+    assert ours[2][0].any()
     tilted = gradients(weighted_nll, GIFT(0.0), leaves, target, reference, {})
-    truth = gradients(dense_weighted_nll, GIFT(0.0), leaves, target, reference, {})
-    for mine, theirs in zip(tilted[2], truth[2], strict=True):
-        assert relative(mine, theirs) < 1e-10
     assert relative(tilted[1].weight, reference_p(reference, target)) < 1e-10
 
 
