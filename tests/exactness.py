@@ -29,7 +29,20 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting import (
+    DFT,
+    Bounded,
+    DataWeighted,
+    Exempt,
+    ImportanceWeighted,
+    Mixed,
+    Raised,
+    Renormalized,
+    TokenStats,
+    TokenWeighting,
+    Uniform,
+    WarmUp,
+)
 
 GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 2**0.5
 HALVES = ("bf16-mixed", "bf16-true")
@@ -64,8 +77,10 @@ WEIGHTINGS: list[TokenWeighting] = [
     ImportanceWeighted(level="token"),
     Sentence(),
     Median(),
+    Exempt(Mixed(Renormalized(DFT()), share=0.5, final_share=0.1)),
+    DataWeighted(WarmUp(Raised(Bounded(DFT(), 0.1, 0.9), power=0.5), Sentence(), share=0.5, ramp=True)),
 ]
-QUICK = [DFT(), ImportanceWeighted(), Median()]
+QUICK = [DFT(), ImportanceWeighted(), Median(), WEIGHTINGS[-2]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,11 @@ class Watched(FineTuner):
         super().configure_gradient_clipping(*args, **options)
 
 
+def reading(folder: Path, weighting: TokenWeighting) -> dict[str, Any]:
+    """What the data module has to know: the column of weights only where there is a use for it."""
+    return {"cache_dir": str(folder / "cache")} | ({"weight": "worth"} if "data_weight" in weighting.needs else {})
+
+
 def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: Any) -> dict[str, Any]:
     """Gradients before and after clipping of every step, and what was logged."""
     module, recorder, trainer = fit(
@@ -115,7 +135,7 @@ def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: An
         folder / "rows.jsonl",
         weighting,
         module={"chunk_rows": shape.chunk_rows},
-        data=shape.data | {"val_path": str(folder / "val.jsonl"), "cache_dir": str(folder / "cache")},
+        data=shape.data | {"val_path": str(folder / "val.jsonl")} | reading(folder, weighting),
         kind=Watched,
         gradient_clip_val=CLIP,
         devices=shape.ranks,
@@ -149,7 +169,7 @@ def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -
     """The gradient of the first step by all logits and one backward a micro-batch; "exact" is float32."""
     data = NuminaMathDataModule(
         str(folder / "rows.jsonl"), global_batch_size=8, micro_batch_size=micro, max_length=200,
-        cache_dir=str(folder / "cache"),
+        **reading(folder, weighting),
     )  # fmt: skip
     data.tokenizer = FineTuner(str(folder / "model"), weighting).tokenizer
     data.prepare_data()
@@ -169,7 +189,8 @@ def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -
         chosen = full.gather(1, batch.target[:, None])[:, 0].detach()
         entropy = -(full.exp() * full).sum(1).detach()
         return TokenStats(logp=chosen, target=batch.target, sequence=batch.row[batch.sequence], entropy=entropy,
-                          position=batch.position, ref_logp=chosen)  # fmt: skip
+                          position=batch.position, ref_logp=chosen, stop=batch.stop,
+                          data_weight=batch.data_weight)  # fmt: skip
 
     with torch.no_grad():
         tokens = [stats(*logp(batch)) for batch in batches]
@@ -204,8 +225,8 @@ def prepare(folder: Path) -> None:
     """The tiny model and the rows that all runs share."""
     tiny_model().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    write_jsonl(folder / "rows.jsonl", sums(25))
-    write_jsonl(folder / "val.jsonl", sums(7, seed=5))
+    for name, rows in (("rows", sums(25)), ("val", sums(7, seed=5))):
+        write_jsonl(folder / f"{name}.jsonl", [row | {"worth": number % 4} for number, row in enumerate(rows)])
 
 
 def table(quick: bool) -> list[tuple[str, ...]]:
