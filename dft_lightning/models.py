@@ -3,7 +3,7 @@
 Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -176,7 +176,7 @@ class WeightedLM(nn.Module):
         *,
         factor: Tensor | None = None,
         progress: float = 0.0,
-        wanted: Iterable[str] = (),
+        wanted: Collection[str] = (),
         ref_logp: Tensor | None = None,
         old_logp: Tensor | None = None,
         weight: Tensor | None = None,
@@ -184,9 +184,14 @@ class WeightedLM(nn.Module):
         logits: torch.dtype | None = None,
         reference: ReferenceHead | None = None,
     ) -> tuple[Tensor, TokenStats]:
-        """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
+        """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`.
+
+        `wanted` may name "stop" and "data_weight", too, which come from the batch.
+        """
         head = self.base.get_output_embeddings()
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
+        asked = weighting.needs | set(wanted)
+        brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
         return weighted_nll(
             self.hidden(batch),
             head.weight,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dft_lightning import resume
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
+from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
@@ -111,8 +112,9 @@ class FineTuner(WeightedModule):
         refuse(self)
 
     def setup(self, stage: str) -> None:
-        """Compiled layers want batches of one shape, before any is made."""
+        """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_data_weights(self.weighting, data, stage)
         if stage == "fit" and self.compile_layers:
             refuse_changing_shapes(data)
         if stage == "fit" and hasattr(data, "fixed_shape"):

@@ -20,7 +20,7 @@ def refuse(module: "FineTuner") -> None:
         prove(module.weighting)
     except ValueError as error:
         raise UserError(f"weighting refused: {error}") from error
-    if unknown := set(module.weighting.needs) & {"reward", "data_weight"}:
+    if unknown := set(module.weighting.needs) & {"reward"}:
         raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
     if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
         raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")

@@ -39,10 +39,14 @@ SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
 SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
 BEFORE = 'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])'
-JOINED = """        rendered = Rendered([], [])
+MODIFIERS, MIXING = "weighting/modifiers.py", "weighting/mixing.py"
+OF_MODIFIERS = "tests/weighting/test_modifiers.py::"
+FORMULAS, INSIDE = f"{OF_MODIFIERS}TestFormulas", f"{OF_MODIFIERS}TestInsideOthers"
+WEIGHTS, STOPS = "tests/data/test_weights.py::TestWeights", "tests/data/test_weights.py::TestStopTokens"
+JOINED = """        rendered = Rendered([], [], [])
         whole = self._encode(["".join(part.text + part.stop for part in segments)], parsed=True)[0]
         prompt = len(self._encode([segments[0].text], parsed=True)[0])
-        return Rendered(whole, [place >= prompt for place in range(len(whole))])
+        return Rendered(whole, [place >= prompt for place in range(len(whole))], [len(whole) - 1])
 """
 
 
@@ -140,7 +144,7 @@ FAULTS = [
     fault(19, "positions go on", "data/batch.py", "np.repeat(ends - documents, documents)", "0", f"{BATCH}test_packed_rows_in_ids_written_out"),
     fault(19, "padding belongs to the last document", "data/batch.py", "for size in (*row, width - sum(row)) if size]",
           "for size in ((*row[:-1], width - sum(row[:-1])) if row else (width,))]", f"{BATCH}test_packed_rows_in_ids_written_out"),
-    fault(20, "masked by the length of the prompt", "data/rendering.py", "        rendered = Rendered([], [])\n", JOINED,
+    fault(20, "masked by the length of the prompt", "data/rendering.py", "        rendered = Rendered([], [], [])\n", JOINED,
           f"{RENDERING}test_merges_across_the_seam_stay_out"),
     fault(20, "the stop token is not learnt", "data/rendering.py", "rendered.supervised.extend([bool(segment.stop)] * len(tokens))",
           "rendered.supervised.extend([bool(segment.stop) and n < len(tokens) - 1 for n in range(len(tokens))])", SPANS),
@@ -218,6 +222,33 @@ FAULTS = [
           f"{REFERENCES}TestTheOldPolicy"),
     fault(0, "mean weight 1 is forgotten", "normalizer.py", 'if divisor != "tokens":', "if False:", f"{REFERENCES}TestTheDivisor"),
     fault(0, "the divisor without the normaliser's factor", "normalizer.py", "(counted * factor).sum()", "counted.sum()", f"{REFERENCES}TestTheDivisor"),
+    fault(0, "a bound above only", MODIFIERS, ".clamp(self.low, self.high)", ".clamp(max=self.high)", FORMULAS),
+    fault(0, "a bound below only", MODIFIERS, ".clamp(self.low, self.high)", ".clamp(min=self.low)", FORMULAS),
+    fault(0, "the temperature multiplies", MODIFIERS, "self.power / self.temperature)", "self.power * self.temperature)", FORMULAS),
+    fault(0, "negative weights are squared", MODIFIERS, "negative.any()", "False", FORMULAS, (".masked_fill(negative, math.nan)", "")),
+    fault(0, "exempt tokens keep what they had", MODIFIERS, ".masked_fill(self.exempted(tokens), self.weight)", "", FORMULAS),
+    fault(0, "exempt tokens have weight 1, always", MODIFIERS, "self.exempted(tokens), self.weight)", "self.exempted(tokens), 1.0)", FORMULAS),
+    fault(0, "only the last id is exempt", MODIFIERS, "found = found | (tokens.target == each)", "found = tokens.target == each", FORMULAS),
+    fault(0, "the weights of the data are ignored", MODIFIERS, 'unit_weights(self.of, tokens) * tokens.need("data_weight")', "unit_weights(self.of, tokens)", FORMULAS),
+    fault(0, "a mean of 1 that is none", MODIFIERS, 'return "weights"', 'return "tokens"', FORMULAS),
+    fault(0, "shares the wrong way round", MIXING, "zip((1.0 - share, share)", "zip((share, 1.0 - share)", FORMULAS),
+    fault(0, "a share that stays", MIXING, "(final - self.share) * min(progress / self.until, 1.0)", "0.0", FORMULAS),
+    fault(0, "a share that goes on", MIXING, "min(progress / self.until, 1.0)", "progress / self.until", FORMULAS),
+    fault(0, "a warm-up that does not end", MIXING, "over = progress >= self.share", "over = progress >= 1.0", FORMULAS),
+    fault(0, "a ramp that jumps", MIXING, "progress / self.share if self.ramp else 0.0", "0.0", FORMULAS),
+    fault(0, "a part's divisor is lost", "weighting/composition.py", 'if part.divisor == "tokens":', "if True:", INSIDE),
+    fault(0, "a part's divisor is that of a chunk", "weighting/composition.py", '"step" if part.divisor != "tokens" else part.scope', "part.scope", INSIDE),
+    fault(0, "the mean over those selected is over their weight", "weighting/composition.py", '(weights != 0).sum()', "weights.square().sum() * 2", INSIDE),
+    fault(0, "targets are not mixed", MIXING, "parts = (factor * checked_targets(", "parts = (checked_targets(", f"{OF_MODIFIERS}TestTargetsOverTheVocabulary"),
+    fault(0, "exempt tokens keep their targets", MODIFIERS, "targets.masked_fill(self.exempted(tokens)[:, None], 0.0)", "targets", f"{OF_MODIFIERS}TestTargetsOverTheVocabulary"),
+    fault(0, "schedules are proved halfway only", "weighting/proof.py", "_HALFWAY, _ELSEWHERE = 0.5, (0.0, 0.1, 0.25, 0.75, 1.0)", "_HALFWAY, _ELSEWHERE = 0.5, (0.5,)",
+          f"{OF_MODIFIERS}TestWhatFollowsFromTheParts"),
+    fault(0, "weights are not shifted with their tokens", "data/batch.py", 'np.asarray(s[name], dtype)[at]', 'np.asarray(s[name], dtype)[at - 1]', WEIGHTS),
+    fault(0, "a missing weight is 1", "data/weights.py", 'raise UnusableRow("the weight is missing or null", column)', "return 1.0", WEIGHTS),
+    fault(0, "a message's weight is that of the turn before", "data/weights.py", "np.searchsorted(rendered.ends, places)", "np.maximum(np.searchsorted(rendered.ends, places) - 1, 0)", WEIGHTS),
+    fault(0, "a row's weight wins over a message's", "data/weights.py", "weights *= np.array(of_row)", "weights = np.ones(len(places)) * np.array(of_row)", WEIGHTS),
+    fault(0, "stop tokens by runs", "data/rendering.py", "[len(rendered.input_ids) - 1] if segment.stop else []", "[len(rendered.input_ids) - 1] if segment.stop and segment is segments[-1] else []", STOPS),
+    fault(0, "weights of the data are passed over", "data_weights.py", 'if "data_weight" not in weighting.needs and report.unequal:', "if False:", "tests/test_data_weights.py::TestRefusals"),
     fault(0, "a checkpoint that is late is not written", "step.py", "if wish)", "if False)", f"{CALLBACKS}checkpoints.py"),
     fault(0, "formula of MixCE: the shares change places", "weighting/likelihood.py", "self.eta + (1.0 - self.eta) * tokens.p", "(1.0 - self.eta) + self.eta * tokens.p",
           GRADIENT),

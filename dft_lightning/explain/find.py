@@ -1,29 +1,18 @@
 """A weighting by its name: one of the package, of an installed plug-in, or a class in a file of the user's."""
 
 import importlib
-import sys
-from importlib.metadata import entry_points
 
 from dft_lightning.errors import UserError
 from dft_lightning.weighting import TokenWeighting
 from dft_lightning.weighting.catalogue import Entry, entries, weightings_in
+from dft_lightning.weighting.plugins import load_plugins
 
-GROUP = "dft_lightning.weightings"
 PLUGINS, OWN = "Plug-ins", "Yours"
 
 
 def plugins() -> list[Entry]:
-    """What installed packages bring; one that cannot be imported is reported on standard error, and left out."""
-    found = []
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        try:
-            cls = point.load()
-        except Exception as error:  # another's code
-            print(f"dft: warning: plug-in {point.name} ({point.value}) cannot be used: {error}", file=sys.stderr)
-            continue
-        if weightings_in({point.name: cls}):
-            found.append(Entry(cls, PLUGINS))
-    return found
+    """What installed packages bring."""
+    return [Entry(cls, PLUGINS) for cls in load_plugins().values()]
 
 
 def find(name: str) -> Entry:

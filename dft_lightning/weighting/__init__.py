@@ -12,6 +12,8 @@ from dft_lightning.weighting.likelihood import (
     Power,
     Uniform,
 )
+from dft_lightning.weighting.mixing import Mixed, WarmUp
+from dft_lightning.weighting.modifiers import Bounded, DataWeighted, Exempt, Raised, Renormalized
 from dft_lightning.weighting.reference import PSFT, ImportanceWeighted, Rho1
 from dft_lightning.weighting.selection import ProFit, Thresholded
 from dft_lightning.weighting.sentence import CADFT, SentenceDFT
@@ -30,15 +32,21 @@ __all__ = [
     "PSFT",
     "SRFT",
     "TALR",
+    "Bounded",
     "Cayley",
+    "DataWeighted",
     "EntropyBonus",
+    "Exempt",
     "Focal",
     "ImportanceWeighted",
     "InfoSFT",
     "LabelSmoothing",
     "MixCE",
+    "Mixed",
     "Power",
     "ProFit",
+    "Raised",
+    "Renormalized",
     "Rho1",
     "SentenceDFT",
     "Source",
@@ -47,4 +55,5 @@ __all__ = [
     "TokenTarget",
     "TokenWeighting",
     "Uniform",
+    "WarmUp",
 ]

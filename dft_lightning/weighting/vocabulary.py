@@ -5,20 +5,19 @@ Shapes: R tokens, V vocabulary. What they add to the gradient by the logits is g
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dft_lightning.weighting.base import (
     REF_DISTRIBUTION,
-    Divisor,
-    Scope,
     Source,
     TokenStats,
     TokenTarget,
     TokenWeighting,
 )
+from dft_lightning.weighting.composition import Modifier, unit_weights
 from dft_lightning.weighting.fields import expect
 from dft_lightning.weighting.likelihood import CLIMBS_P, Monitor, Uniform
 
@@ -165,7 +164,7 @@ class LabelSmoothing(TokenTarget):
 
 
 @dataclass(frozen=True)
-class EntropyBonus(TokenTarget):
+class EntropyBonus(Modifier):
     """Any weighting, and −strength·H(π) in the loss, whose gradient by the logits is strength·π_v·(log π_v + H).
 
     Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning Algorithms",
@@ -180,6 +179,7 @@ class EntropyBonus(TokenTarget):
     of: TokenWeighting = field(default_factory=Uniform)
     strength: float = 0.01
 
+    vocabulary: ClassVar[bool] = True
     formula = "of, and −c·H over the vocabulary"
     source = Source(
         "Williams and Peng",
@@ -188,26 +188,11 @@ class EntropyBonus(TokenTarget):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expect(math.isfinite(self.strength), "EntropyBonus.strength", self.strength, "a finite number")
 
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.of.needs
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        return self.of.scope
-
-    @property
-    def divisor(self) -> Divisor:  # type: ignore[override]
-        return self.of.divisor
-
-    @property
-    def monitor(self) -> Any:  # type: ignore[override]
-        return self.of.monitor
-
     def weights(self, tokens: TokenStats) -> Tensor:
-        return self.of.weights(tokens)
+        return unit_weights(self.of, tokens)
 
     def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
         p = logp.exp()
