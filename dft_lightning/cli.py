@@ -76,9 +76,9 @@ def _class_hint(key: str, name: str) -> str | None:
 
 def _holds_weightings(key: str) -> bool:
     """Whether a key is that of a weighting within another: jsonargparse then gives its last part alone."""
-    made = [cls for cls in weightings() if is_dataclass(cls)]
-    known = [field for cls in made for field in fields(cls)]  # type: ignore[arg-type]  # mypy loses `is_dataclass`
-    return any(field.name == key.rpartition(".")[2] and "TokenWeighting" in str(field.type) for field in known)
+    known: list[type] = [*weightings()]
+    held = [field for cls in known if is_dataclass(cls) for field in fields(cls)]
+    return any(field.name == key.rpartition(".")[2] and "TokenWeighting" in str(field.type) for field in held)
 
 
 def _subclasses(base: type) -> list[type]:

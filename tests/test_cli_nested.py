@@ -72,10 +72,10 @@ def test_a_part_is_bounded_on_top_of_a_file(dft):  # noqa: F811
 @pytest.mark.parametrize(
     ("options", "patterns"),
     [
-        (["Nope"], ["--model.weighting 'Nope' is none of Bounded, DFT, DataWeighted, Exempt,"]),
-        (["Bounded", ".of", "Nope"], ["--model.weighting….of 'Nope' is none of Bounded, DFT,"]),
-        (["Mixed", ".of", "DFT", ".other", "Nope"], ["--model.weighting….other 'Nope' is none of Bounded, DFT,"]),
-        (["Exempt", ".of", "Bounded", ".of.of", "Nope"], ["--model.weighting….of 'Nope' is none of Bounded, DFT,"]),
+        (["Nope"], ["--model.weighting 'Nope' is none of ASFT, Bounded, CADFT, CHORD,"]),
+        (["Bounded", ".of", "Nope"], ["--model.weighting….of 'Nope' is none of ASFT, Bounded,"]),
+        (["Mixed", ".of", "DFT", ".other", "Nope"], ["--model.weighting….other 'Nope' is none of ASFT, Bounded,"]),
+        (["Exempt", ".of", "Bounded", ".of.of", "Nope"], ["--model.weighting….of 'Nope' is none of ASFT, Bounded,"]),
         (["Bounded"], ["of"]),
         (["Bounded", ".of", "DFT", ".lwo", "1"], ["lwo"]),
         (["Bounded", ".of", "DFT", ".of.flor", "1"], ["flor"]),
@@ -95,7 +95,7 @@ def test_one_clear_line(dft, capsys, options, patterns):  # noqa: F811
 
 def test_one_clear_line_for_a_file(dft, capsys):  # noqa: F811
     Path("wrong.yaml").write_text("model: {weighting: {class_path: Bounded, init_args: {of: {class_path: Nope}}}}")
-    fails(lambda: dft("fit", "--config", "wrong.yaml"), capsys, "'Nope' is none of Bounded, DFT,")
+    fails(lambda: dft("fit", "--config", "wrong.yaml"), capsys, "'Nope' is none of ASFT, Bounded,")
 
 
 def test_help(capsys):

@@ -11,7 +11,7 @@ from typing import Any
 import dft_lightning.weighting as package
 from dft_lightning.weighting.base import DISTRIBUTION_STATISTICS, REF_DISTRIBUTION, Source, TokenWeighting
 
-_OF_P = "Functions of p"
+_OF_P, _MODIFIERS = "Functions of p", "Modifiers of another weighting"
 #: What the modules hold, in the order of the list; a module that is not named here comes last, under its own name.
 _GROUPS = {
     "likelihood": _OF_P,
@@ -21,7 +21,8 @@ _GROUPS = {
     "reference": "Against a reference or an earlier policy",
     "sentence": "Of whole responses",
     "vocabulary": "Targets over the vocabulary",
-    "modifiers": "Modifiers of another weighting",
+    "modifiers": _MODIFIERS,
+    "mixing": _MODIFIERS,
 }
 _DIVIDED_BY = {"tokens": "tokens", "weights": "Σw", "selected": "tokens with w ≠ 0"}
 

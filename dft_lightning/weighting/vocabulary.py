@@ -4,7 +4,7 @@ Shapes: R tokens, V vocabulary. What they add to the gradient by the logits is g
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,11 +15,10 @@ from dft_lightning.weighting.base import (
     Source,
     TokenStats,
     TokenTarget,
-    TokenWeighting,
 )
 from dft_lightning.weighting.composition import Modifier, unit_weights
 from dft_lightning.weighting.fields import expect
-from dft_lightning.weighting.likelihood import CLIMBS_P, Monitor, Uniform
+from dft_lightning.weighting.likelihood import CLIMBS_P, Monitor
 
 #: For cross-entropies with a target that does not move.
 DESCENDS_OBJECTIVE: Monitor = ("val/objective", "min")
@@ -167,24 +166,24 @@ class LabelSmoothing(TokenTarget):
 class EntropyBonus(Modifier):
     """Any weighting, and −strength·H(π) in the loss, whose gradient by the logits is strength·π_v·(log π_v + H).
 
-    Williams and Peng, "Function Optimization Using Connectionist Reinforcement Learning Algorithms",
-    Connection Science 3, 1991. The logged objective has another value in the place of −strength·H, with the same
-    gradient.
+    As reinforcement learning has it since Williams and Peng, 1991; Mnih et al., "Asynchronous Methods for Deep
+    Reinforcement Learning", arXiv 1602.01783. The logged objective has another value in the place of −strength·H, with
+    the same gradient.
 
     Args:
         of: the weighting that gets the bonus.
         strength: c, 0 or more, for more entropy; a negative one makes the model surer.
     """
 
-    of: TokenWeighting = field(default_factory=Uniform)
     strength: float = 0.01
 
     vocabulary: ClassVar[bool] = True
     formula = "of, and −c·H over the vocabulary"
     source = Source(
-        "Williams and Peng",
-        "Function Optimization Using Connectionist Reinforcement Learning Algorithms",
-        "Connection Science 3, 1991",
+        "Mnih et al.",
+        "Asynchronous Methods for Deep Reinforcement Learning",
+        "1602.01783",
+        note="for reinforcement learning; the idea is of Williams and Peng, 1991",
     )
 
     def __post_init__(self) -> None:

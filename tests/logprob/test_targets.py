@@ -55,7 +55,7 @@ ALL = [
     GIFT(),
     GIFT(2.0),
     LabelSmoothing(),
-    EntropyBonus(),
+    EntropyBonus(Uniform()),
     EntropyBonus(DFT(0.1), 0.5),
     EntropyBonus(SentenceProbability(), -0.2),
     EntropyBonus(ASFT(), 0.3),
@@ -140,7 +140,7 @@ def published(weighting: TokenWeighting, logp: Tensor, target: Tensor, ref: Tens
         GIFT(),
         GIFT(3.0),
         LabelSmoothing(0.2),
-        EntropyBonus(strength=0.4),
+        EntropyBonus(Uniform(), 0.4),
     ],
     ids=repr,
 )
@@ -199,7 +199,7 @@ def test_float32_is_as_good_as_float32_can_be(weighting):
 
 
 @pytest.mark.parametrize("logits", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("weighting", [ASFT(), GEM(), LabelSmoothing(), EntropyBonus()], ids=repr)
+@pytest.mark.parametrize("weighting", [ASFT(), GEM(), LabelSmoothing(), EntropyBonus(Uniform())], ids=repr)
 def test_bfloat16_inputs(weighting, logits):
     """The gradient by the logits, the products and the end result are each rounded to bfloat16, to 2^-9 of an element.
 
