@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -55,14 +55,14 @@ class Parser(LightningArgumentParser):
         text = " ".join(message.split())
         unknown = re.search(r'Parser key "(model.weighting|data)".*Expected a dot import path string: (\S+)', text)
         if unknown:
-            text = _class_hint(*unknown.groups())
+            text = class_hint(*unknown.groups())
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 
 
-def _class_hint(key: str, name: str) -> str:
+def class_hint(key: str, name: str) -> str:
     """What could have been meant by a class name that is not known."""
-    base: type = TokenWeighting if key == "model.weighting" else ChatDataModule
+    base: type = ChatDataModule if key == "data" else TokenWeighting
     known = [cls.__name__ for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
     known = sorted(name for name in known if name != "TokenWeighting")
     return f"--{key} {name!r} is none of {', '.join(known)}; write a class of your own as file.Class"
@@ -196,6 +196,17 @@ class CommandLine(LightningCLI):
 
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
+
+
+class InsteadOfTraining(CommandLine):
+    """Reads the options of `dft fit`, and does something else in its place: no checkpoint, and no trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """No checkpoint is looked for."""
+
+    def instantiate_trainer(self, **_: Any) -> pl.Trainer:
+        """None: a trainer would ask for the accelerator that it names."""
+        return cast(pl.Trainer, None)
 
 
 def _root(error: BaseException) -> BaseException:
