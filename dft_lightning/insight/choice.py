@@ -1,7 +1,6 @@
 """Weightings as the user names them: a short name, file.Class, or class_path and init_args."""
 
 from argparse import ArgumentError
-from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -18,14 +17,15 @@ def chosen(specs: list[Any] | None, configured: TokenWeighting) -> dict[str, Tok
     """The weightings to compare, by what they are called; without `specs` the configured one and a usual handful.
 
     Raises:
-        UserError: one is not known, or cannot be computed from one pass over the data.
+        UserError: one of `specs` is not known, or cannot be computed from one pass over the data.
     """
-    usual: Iterable[TokenWeighting] = (configured, Uniform(), DFT(), DFT(floor=0.1))
-    weightings = usual if specs is None else [weighting_of(spec, "weightings") for spec in specs]
-    named = {label(weighting): weighting for weighting in weightings}
-    for weighting in named.values():
+    if specs is None:
+        usual = (configured, Uniform(), DFT(), DFT(floor=0.1))
+        return {label(weighting): weighting for weighting in usual if not why_not(weighting)}
+    weightings = [weighting_of(spec, "weightings") for spec in specs]
+    for weighting in weightings:
         refuse(weighting)
-    return named
+    return {label(weighting): weighting for weighting in weightings}
 
 
 def weighting_of(spec: Any, option: str) -> TokenWeighting:
@@ -75,17 +75,21 @@ def label(weighting: TokenWeighting) -> str:
     return f"{name}({', '.join(changed)})" if changed else name
 
 
-def refuse(weighting: TokenWeighting) -> None:
-    """A UserError where the weights cannot be told from one pass over the data."""
+def why_not(weighting: TokenWeighting) -> str:
+    """Why the weights cannot be told from one pass over the data; "" where they can."""
     name = type(weighting).__name__
     try:
         prove(weighting)
     except ValueError as error:
-        raise UserError(f"weighting refused: {error}") from error
+        return f"weighting refused: {error}"
     if "reward" in weighting.needs:
-        raise UserError(f"{name} needs rewards, which come with rows that a policy has written: leave it out")
+        return f"{name} needs rewards, which come with rows that a policy has written"
     if weighting.vocabulary:
-        raise UserError(
-            f"{name} has a target over the whole vocabulary; what is compared here are weights of the given tokens: "
-            "leave it out of --weightings, or name others there"
-        )
+        return f"{name} has a target over the whole vocabulary; what is compared here are weights of the given tokens"
+    return ""
+
+
+def refuse(weighting: TokenWeighting) -> None:
+    """A UserError where the weights cannot be told from one pass over the data."""
+    if reason := why_not(weighting):
+        raise UserError(reason)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.callbacks.token_probabilities import ENTROPY_EDGES, P_EDGES, P_LABELS, histogram
+from dft_lightning.insight.choice import why_not
 from dft_lightning.insight.flow import Flow, Groups, flow_of, groups_of
 from dft_lightning.insight.gradients import compare
 from dft_lightning.insight.sample import Sample, Vocabulary, spread, take
@@ -129,12 +130,14 @@ def diagnose(
 def _facts(subject: Subject, sample: Sample) -> dict[str, str]:
     network, options = subject.network, subject.data.options
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    weighting = subject.module.weighting
+    reason = why_not(weighting)
     return {
         "model": subject.module.source.name,
         "precision": f"{subject.precision}, weights in {dtype}, on {subject.device.type}",
         "data": str(options.path or options.dataset),
         "sample": f"{len(sample.rows):,} of {len(subject.rows):,} training rows, {len(sample.tokens):,} supervised tokens",
-        "configured weighting": repr(subject.module.weighting),
+        "configured weighting": repr(weighting) + (f"; not compared: {reason}" if reason else ""),
         "normalised by": subject.module.normalize,
     }
 

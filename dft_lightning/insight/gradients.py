@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dft_lightning.insight.sample import Sample, micro_batches
 from dft_lightning.insight.subject import Subject
-from dft_lightning.normalizer import token_factor, units
+from dft_lightning.normalizer import token_factor
 from dft_lightning.weighting import TokenWeighting, Uniform
 from dft_lightning.weighting.base import checked_weights
 
@@ -85,8 +85,7 @@ def _step(subject: Subject, sample: Sample, batches: "list[Batch]", weighting: T
             with subject.arithmetic():
                 loss, _ = network(batch, Uniform(), weight=weight, factor=factor, **subject.head_options)
             loss.backward()
-    counted = sum(units(normalize, batch) for batch in batches)
-    share = 1.0 / max(_divisor(weighting, weights, factors, counted), torch.finfo(torch.float32).tiny)
+    share = 1.0 / (_divisor(weighting, weights, factors) or 1.0)  # where nothing counts, there is no gradient either
     return [_scaled(parameter, share) for parameter in network.parameters() if parameter.requires_grad]
 
 
@@ -103,18 +102,18 @@ def _weights(sample: Sample, batches: "list[Batch]", weighting: TokenWeighting) 
     return list(torch.split(checked_weights(weighting, tokens), [len(part) for part in order]))
 
 
-def _divisor(weighting: TokenWeighting, weights: list[Tensor], factors: list[Tensor | None], counted: int) -> float:
-    """By what the weighting has a step divided; `counted` is what the run divides by otherwise."""
-    if weighting.divisor == "tokens":
-        return float(counted)
-    worth = [weight if weighting.divisor == "weights" else (weight != 0).double() for weight in weights]
-    known = [1.0 if factor is None else factor.cpu() for factor in factors]
-    return float(sum((part.double() * factor).sum() for part, factor in zip(worth, known, strict=True)))
+def _divisor(weighting: TokenWeighting, weights: list[Tensor], factors: list[Tensor | None]) -> float:
+    """By what the step is divided: Σ n_t, where tokens count by what the weighting says."""
+    counted = {"tokens": torch.ones_like, "weights": Tensor.double, "selected": lambda weight: weight != 0}
+    parts = zip(map(counted[weighting.divisor], weights), factors, strict=True)
+    return sum(float((part.double() * (1.0 if factor is None else factor.cpu())).sum()) for part, factor in parts)
 
 
 def _norm(gradient: list[Tensor | None]) -> float:
     parts = [part for part in gradient if part is not None]
-    return math.sqrt(sum(float(torch.linalg.vector_norm(part, dtype=torch.float32)) ** 2 for part in parts))
+    wide = [torch.promote_types(part.dtype, torch.float32) for part in parts]
+    each = (torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(parts, wide, strict=True))
+    return math.sqrt(sum(float(norm) ** 2 for norm in each))
 
 
 def _dot(one: list[Tensor | None], other: list[Tensor | None]) -> float:

@@ -122,7 +122,7 @@ def take(subject: Subject, rows: "TokenizedRows", vocabulary: Vocabulary) -> Sam
         with subject.arithmetic():
             _, tokens = subject.network(batch, Uniform(), wanted=DISTRIBUTION_STATISTICS, **subject.head_options)
         factor = token_factor(subject.module.normalize, batch)
-        parts.append(_on_cpu(replace(by_row(tokens, batch), weight=None)))
+        parts.append(_on_cpu(replace(by_row(as_initial(tokens, batch), batch), weight=None)))
         factors.append(torch.ones(len(tokens), dtype=torch.float64) if factor is None else factor.cpu())
     tokens = TokenStats.concatenate(parts)
     stop, sources, turns = _facts_of_rows(rows, vocabulary)
@@ -130,19 +130,25 @@ def take(subject: Subject, rows: "TokenizedRows", vocabulary: Vocabulary) -> Sam
     row_of = tokens.sequence.tolist()
     ends = [stop[row][place] for row, place in zip(row_of, tokens.need("position").tolist(), strict=True)]
     return Sample(
-        tokens=replace(
-            tokens,
-            ref_logp=tokens.logp,
-            old_logp=tokens.logp,
-            data_weight=torch.ones_like(tokens.logp) if tokens.data_weight is None else tokens.data_weight,
-            stop=torch.tensor(ends, dtype=torch.bool),
-        ),
+        tokens=replace(tokens, stop=torch.tensor(ends, dtype=torch.bool)),
         factor=torch.cat(factors),
         classes=vocabulary.classes[tokens.target].long(),
         source=torch.tensor([names.index(sources[row]) for row in row_of]),
         sources=names,
         turns=turns,
         rows=rows,
+    )
+
+
+def as_initial(tokens: TokenStats, batch: "Batch") -> TokenStats:
+    """With what a weighting may ask for beside the distribution, before any training.
+
+    The model is its own reference and its own earlier policy then; without weights in the data each token has 1.
+    """
+    given: Tensor | None = getattr(batch, "data_weight", None)
+    one = torch.ones_like(tokens.logp)
+    return replace(
+        tokens, ref_logp=tokens.logp, old_logp=tokens.logp, data_weight=one if given is None else given.to(one)
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from dft_lightning.data.batch import Collator
 from dft_lightning.data.packing import Packed, Row
 from dft_lightning.errors import UserError
-from dft_lightning.insight.sample import Vocabulary
+from dft_lightning.insight.sample import Vocabulary, as_initial
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import DISTRIBUTION_STATISTICS, checked_weights
 
@@ -112,15 +112,8 @@ def scores(subject: "Subject", batch: "Batch", weighting: TokenWeighting) -> lis
     with subject.arithmetic():
         moved = batch.to(subject.device)
         _, tokens = network(moved, Uniform(), wanted=DISTRIBUTION_STATISTICS, **subject.head_options)
-    one = torch.ones_like(tokens.logp)
-    tokens = replace(
-        tokens,
-        weight=None,
-        ref_logp=tokens.logp,
-        old_logp=tokens.logp,
-        data_weight=one if tokens.data_weight is None else tokens.data_weight,
-        stop=_stops(batch, Vocabulary.of(subject.module.tokenizer)).to(one.device),
-    )
+    stop = _stops(batch, Vocabulary.of(subject.module.tokenizer)).to(subject.device)
+    tokens = replace(as_initial(tokens, moved), weight=None, stop=stop)
     return _listed(tokens, checked_weights(weighting, tokens))
 
 
