@@ -136,7 +136,8 @@ def _facts(subject: Subject, sample: Sample) -> dict[str, str]:
         "model": subject.module.source.name,
         "precision": f"{subject.precision}, weights in {dtype}, on {subject.device.type}",
         "data": str(options.path or options.dataset),
-        "sample": f"{len(sample.rows):,} of {len(subject.rows):,} training rows, {len(sample.tokens):,} supervised tokens",
+        "sample": f"{len(sample.rows):,} of {len(subject.rows):,} training rows, "
+        f"{len(sample.tokens):,} supervised tokens",
         "configured weighting": repr(weighting) + (f"; not compared: {reason}" if reason else ""),
         "normalised by": subject.module.normalize,
     }
@@ -147,11 +148,17 @@ def _counts(values: Tensor, edges: tuple[float, ...]) -> list[int]:
 
 
 def _extreme(sample: Sample, where: Tensor, vocabulary: Vocabulary) -> Extreme:
-    ids, counts = sample.tokens.target[where].unique(return_counts=True)
+    target, p = sample.tokens.target[where], sample.tokens.p.double()[where]
+    ids, counts = torch.unique(target, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:_SHOWN]
-    p, total = sample.tokens.p.double(), max(int(where.sum()), 1)
     tokens = [
-        Frequent(token, vocabulary.text(token), count, count / total, float(p[where & (sample.tokens.target == token)].mean()))
+        Frequent(
+            token,
+            vocabulary.text(token),
+            count,
+            count / len(p),
+            float(p[target == token].mean()),
+        )
         for token, count in zip(ids[order].tolist(), counts[order].tolist(), strict=True)
     ]
     return Extreme(float(where.double().mean()), tokens)

@@ -4,6 +4,7 @@ Shapes: N supervised tokens of the sample.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,13 +86,13 @@ def groups_of(sample: Sample) -> list[Groups]:
 
 
 def _position_labels() -> tuple[str, ...]:
-    spans = [f"{low}–{high - 1}" if high - low > 1 else f"{low}" for low, high in zip(POSITIONS, POSITIONS[1:])]
+    spans = [f"{low}–{high - 1}" if high - low > 1 else f"{low}" for low, high in pairwise(POSITIONS)]
     return (*spans, f"{POSITIONS[-1]}+")
 
 
 def _present(title: str, labels: list[str], of: Tensor) -> Groups:
     """Without the groups that no token is in."""
-    kept = of.unique().tolist()
+    kept = torch.unique(of).tolist()
     number = torch.zeros(len(labels), dtype=torch.long)
     number[kept] = torch.arange(len(kept))
     return Groups(title, tuple(labels[index] for index in kept), number[of], ordered=False)

@@ -36,9 +36,9 @@ class Direction:
     cosine: float | None
 
 
-def compare(subject: Subject, sample: Sample, rows: list[int], weightings: Mapping[str, TokenWeighting]) -> (
-    dict[str, Direction]
-):
+def compare(
+    subject: Subject, sample: Sample, rows: list[int], weightings: Mapping[str, TokenWeighting]
+) -> dict[str, Direction]:
     """The gradient of each weighting in a step over some rows of the sample.
 
     Args:
@@ -104,9 +104,11 @@ def _weights(sample: Sample, batches: "list[Batch]", weighting: TokenWeighting) 
 
 def _divisor(weighting: TokenWeighting, weights: list[Tensor], factors: list[Tensor | None]) -> float:
     """By what the step is divided: Σ n_t, where tokens count by what the weighting says."""
-    counted = {"tokens": torch.ones_like, "weights": Tensor.double, "selected": lambda weight: weight != 0}
-    parts = zip(map(counted[weighting.divisor], weights), factors, strict=True)
-    return sum(float((part.double() * (1.0 if factor is None else factor.cpu())).sum()) for part, factor in parts)
+    total = 0.0
+    for weight, factor in zip(weights, factors, strict=True):
+        by = {"tokens": torch.ones_like(weight), "weights": weight, "selected": (weight != 0).to(weight)}
+        total += float((by[weighting.divisor].double() * (1.0 if factor is None else factor.cpu())).sum())
+    return total
 
 
 def _norm(gradient: list[Tensor | None]) -> float:

@@ -32,7 +32,7 @@ class InspectCommand(InsteadOfTraining):
         parser.add_argument("--weighting", type=Any, default=None, help=other)
         parser.add_argument("--no_model", action="store_true", help="Masks and borders only: no weights are loaded.")
         by = "What colours show in the terminal; by default p, without a model the mask."
-        parser.add_argument("--by", type=By | None, default=None, help=by)  # type: ignore[operator]
+        parser.add_argument("--by", type=By | None, default=None, help=by)
         colour = "Whether the terminal gets colours; auto: where it is one, and NO_COLOR is not set."
         parser.add_argument("--color", type=Literal["auto", "always", "never"], default="auto", help=colour)
         parser.add_argument("--output", type=str | None, help="HTML file to write; by default inspect.html in run_dir.")
@@ -54,7 +54,7 @@ class InspectCommand(InsteadOfTraining):
         facts = _facts(subject, None if config.no_model else label(weighting))
         target = Path(config.output) if config.output else self.run_dir / "inspect.html"
         write(target, view_page(shown, facts, scored=found is not None))
-        by = config.by or ("mask" if config.no_model else "p")
+        by: By = config.by or ("mask" if config.no_model else "p")
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
         print(render(shown, by, colour=_colour(config.color)))
         print(f"Written to {target}")

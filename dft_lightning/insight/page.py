@@ -135,7 +135,9 @@ def _extreme(name: str, extreme: Extreme) -> str:
         f"mean p {token.p:.2g})</li>"
         for token in extreme.tokens
     )
-    return f"<p><b>{safe(name)}: {extreme.share:.1%} of the tokens.</b> Most frequent:</p><ul class='scroll'>{tokens}</ul>"
+    return (
+        f"<p><b>{safe(name)}: {extreme.share:.1%} of the tokens.</b> Most frequent:</p><ul class='scroll'>{tokens}</ul>"
+    )
 
 
 def _steps(found: Diagnosis) -> str:

@@ -97,7 +97,7 @@ class Sample:
     def places(self) -> dict[int, Tensor]:
         """Where the tokens of each row are, in the order of the row."""
         found: dict[int, Tensor] = {}
-        for row in self.tokens.sequence.unique().tolist():
+        for row in torch.unique(self.tokens.sequence).tolist():
             where = torch.nonzero(self.tokens.sequence == row).flatten()
             found[row] = where[torch.argsort(self.tokens.need("position")[where])]
         return found

@@ -65,7 +65,7 @@ class Subject:
         network = WeightedLM(module.initial_model())
         kind = module.activation_checkpointing
         recompute(network.base.get_decoder(), "full" if kind == "auto" else kind)  # while it trains only
-        return cast(WeightedLM, network.to(self.device).eval())
+        return network.to(self.device).eval()
 
     @property
     def head_options(self) -> dict[str, Any]:

@@ -189,4 +189,3 @@ def _evidence(signs: Signs) -> list[Evidence]:
             "both alike; facts and formats that it does not know cost more",
         ),
     ]
-

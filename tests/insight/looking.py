@@ -55,7 +55,12 @@ class Truth:
     def gradient(self, loss) -> torch.Tensor:
         parameters = list(self.model.parameters())
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)])
+        return torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, found, strict=True)
+            ]
+        )
 
 
 def truth(model_dir, rows) -> Truth:
@@ -86,5 +91,3 @@ def truth(model_dir, rows) -> Truth:
 def shares(mass, group, count):
     """Per group, of the sum."""
     return (torch.bincount(group, weights=mass, minlength=count) / mass.sum()).tolist()
-
-

@@ -34,7 +34,9 @@ def test_lines_have_a_point_for_each_group_and_a_legend():
 
 
 def test_the_strip_is_logarithmic_and_holds_what_is_tiny():
-    ticks = [float(one.get("d")[1:].split(" ")[0]) for one in parsed(strip([0.0, 1e-9, 1e-4, 1e-2, 1.0], {})).iter("path")][7:]
+    ticks = [
+        float(one.get("d")[1:].split(" ")[0]) for one in parsed(strip([0.0, 1e-9, 1e-4, 1e-2, 1.0], {})).iter("path")
+    ][7:]
     assert ticks[0] == ticks[1]
     assert ticks[3] - ticks[2] == pytest.approx(ticks[4] - ticks[3], abs=0.2)
 

@@ -114,8 +114,10 @@ def test_shares_of_the_gradient_are_those_of_autograd_by_the_logits(tmp_path, mo
         name, mass = type(weighting).__name__, exact.pull(weighting.weights(tokens))
         for title, group in groups.items():
             labels = found["groups"][title]["labels"]
-            assert found["weightings"][name]["shares"][title] == pytest.approx(shares(mass, group, len(labels)), abs=CLOSE)
-            evenly = shares(torch.ones(len(mass)), group, len(labels))
+            assert found["weightings"][name]["shares"][title] == pytest.approx(
+                shares(mass, group, len(labels)), abs=CLOSE
+            )
+            evenly = shares(torch.ones(len(mass)).double(), group, len(labels))
             assert found["groups"][title]["tokens"] == pytest.approx(evenly, abs=1e-9)
 
 
@@ -223,7 +225,7 @@ def test_stop_tokens_and_the_warning(tmp_path, model_dir, rows_file):
 
 
 def test_no_turn_that_ends_is_said(tmp_path, model_dir, rows_file):
-    found = diagnose(tmp_path, model_dir, rows_file, "--gradient_rows", 0, max_length=22)["stop"]
+    found = diagnose(tmp_path, model_dir, rows_file, "--gradient_rows", 0, max_length=45)["stop"]
     assert (found["count"], found["mean"], found["quantiles"]) == (0, None, {})
     assert "none of 26 turns ends" in found["warning"]
 
@@ -251,7 +253,9 @@ def test_weightings_from_yaml_nested_and_of_ones_own(tmp_path, model_dir, rows_f
     config.write_text(json.dumps({"weightings": ["Uniform", nested], "gradient_rows": 2, "sample_rows": 4}))
     found = diagnose(tmp_path, model_dir, rows_file, "--config", config)
     assert list(found["weightings"]) == ["Uniform", "Twice(of=DFT(floor=0.5))"]
-    again = diagnose(tmp_path, model_dir, rows_file, "--sample_rows", 4, "--gradient_rows", 2, "--weightings", json.dumps(nested))
+    again = diagnose(
+        tmp_path, model_dir, rows_file, "--sample_rows", 4, "--gradient_rows", 2, "--weightings", json.dumps(nested)
+    )
     assert again["weightings"] == {name: one for name, one in found["weightings"].items() if name != "Uniform"}
     assert ImportanceWeighted() != DFT()
 

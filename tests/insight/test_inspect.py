@@ -120,7 +120,7 @@ def test_the_colour_follows_the_value():
 
 
 def test_a_row_cannot_write_into_terminal_or_page(tmp_path, model_dir, capsys):
-    hostile = "<script>alert(1)</script>\x1b[2J\u202e \"quoted\" & done"
+    hostile = '<script>alert(1)</script>\x1b[2J\u202e "quoted" & done'
     row = {"source": hostile, "problem": hostile, "solution": hostile + " so"}
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
     status, page = inspect(tmp_path, model_dir, rows, "--rows", 0, "--color", "always", max_length=250)

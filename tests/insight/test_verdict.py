@@ -63,7 +63,7 @@ def sample(p, classes, turns, stop=None):
     """Tokens with these probabilities, a sequence each."""
     count = len(p)
     tokens = TokenStats(
-        logp=torch.tensor(p).double().log(),
+        logp=torch.tensor(p, dtype=torch.float64).log(),
         target=torch.zeros(count, dtype=torch.long),
         sequence=torch.arange(count),
         position=torch.zeros(count, dtype=torch.long),
@@ -78,14 +78,22 @@ def sample(p, classes, turns, stop=None):
 def test_signs_are_counted_from_the_tokens():
     classes = ["digit", "operator", "LaTeX command", "other word", "punctuation"]
     signs = signs_of(sample([0.005, 0.05, 0.1, 0.899, 0.9], classes, [4, 9, 200]))
-    assert (signs.answer, signs.symbols, signs.unexpected, signs.open) == (9, 0.6, 0.2, 0.4)
+    assert (signs.answer, signs.symbols, signs.unexpected) == pytest.approx((9, 0.6, 0.2))
+    assert signs.open == pytest.approx(0.4)
     expected = -torch.tensor([0.005, 0.05, 0.1, 0.899, 0.9]).double().log().mean()
     assert signs.excess == pytest.approx(float(expected) - 0.5)
 
 
 @pytest.mark.parametrize(
     ("p", "said"),
-    [(0.2, None), (0.1001, None), (0.05, "slowly"), (0.0101, "slowly"), (0.005, "hardly learn"), (1e-9, "hardly learn")],
+    [
+        (0.2, None),
+        (0.1001, None),
+        (0.05, "slowly"),
+        (0.0101, "slowly"),
+        (0.005, "hardly learn"),
+        (1e-9, "hardly learn"),
+    ],
 )
 def test_a_stop_token_that_dft_cannot_learn_is_warned_of(p, said):
     found = stop_of(sample([0.9, p, p], ["digit"] * 3, [1, 1], stop=[False, True, True]))
