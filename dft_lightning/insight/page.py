@@ -24,12 +24,14 @@ td.for { color: #00694d; } td.against { color: #a33c00; }
 td:first-child { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: #4a505c; }
 svg text.value { font-size: 10px; } svg text.inside { fill: #fff; } svg .grid { stroke: #e2e5ea; fill: none; }
-.legend { margin: 4px 0 10px; font-size: 13px; } .key { margin-right: 14px; white-space: nowrap; display: inline-block; }
+.legend { margin: 4px 0 10px; font-size: 13px; }
+.key { margin-right: 14px; white-space: nowrap; display: inline-block; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
 .verdict { border-left: 6px solid #8a8f98; } .helps { border-left-color: #009e73; }
 .hurts { border-left-color: #d55e00; } .unclear { border-left-color: #e69f00; }
 .warning { background: #fff3ea; border: 1px solid #f0b27f; border-radius: 6px; padding: 8px 12px; }
-.note { color: #5b616d; font-size: 13px; } code { background: #eef0f4; border-radius: 3px; padding: 0 4px; white-space: pre-wrap; }
+.note { color: #5b616d; font-size: 13px; }
+code { background: #eef0f4; border-radius: 3px; padding: 0 4px; white-space: pre-wrap; }
 .wide { overflow-x: auto; } .scroll { columns: 2; } @media (max-width: 640px) { .scroll { columns: 1; } }
 """
 
@@ -107,8 +109,8 @@ def _p(found: Diagnosis) -> str:
     shares = [count / max(found.tokens, 1) for count in found.p]
     paper = [share / 100 for share in FIGURE_2]
     note = (
-        '<p class="note">Per cent of the supervised tokens. Red marks: the base model of the DFT paper on its maths data '
-        "(arXiv 2508.05629, figure 2), where DFT helped.</p>"
+        '<p class="note">Per cent of the supervised tokens. Red marks: the base model of the DFT paper on its maths '
+        "data (arXiv 2508.05629, figure 2), where DFT helped.</p>"
     )
     return _section("Probability that the model gives the tokens", bars(P_LABELS, shares, "p", paper) + note)
 

@@ -50,8 +50,8 @@ def stop_of(sample: Sample) -> Stop:
 
 def _none(turns: int) -> str:
     return (
-        f"none of {turns} turns ends with a special token within data.max_length: the model will not learn to stop from "
-        "these rows. Raise data.max_length, or look at the rows by dft inspect"
+        f"none of {turns} turns ends with a special token within data.max_length: the model will not learn to stop "
+        "from these rows. Raise data.max_length, or look at the rows by dft inspect"
     )
 
 

@@ -2,5 +2,5 @@
 
 
 def printable(text: str) -> str:
-    """Without anything that a terminal obeys or that turns the direction of writing: such a sign shows as its escape."""
+    """Without anything that a terminal obeys or that turns the direction of writing; that shows as its escape."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

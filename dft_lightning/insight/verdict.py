@@ -29,10 +29,10 @@ OPEN = 0.10
 EXCESS = 1.0
 
 LIMITS = (
-    "A heuristic over a sample, before any training: it knows the kind of text and what this model makes of it, not what "
-    "you will evaluate. The lines it draws are our choice around few published results (worked maths and code: DFT "
-    "helped; Natural Questions: it hurt; users report harm on text recognition, identity, literature, finance). A short "
-    "run with each weighting and your own evaluation decides."
+    "A heuristic over a sample, before any training: it knows the kind of text and what this model makes of it, not "
+    "what you will evaluate. The lines it draws are our choice around few published results (worked maths and code: "
+    "DFT helped; Natural Questions: it hurt; users report harm on text recognition, identity, literature, finance). A "
+    "short run with each weighting and your own evaluation decides."
 )
 
 Leaning = Literal["helps", "unclear", "hurts"]
@@ -115,9 +115,9 @@ def judge(signs: Signs) -> Verdict:
     against = [one for one in evidence[2:] if one.speaks == "against"]
     if signs.answer <= SHORT:
         said = (
-            "Short answers: as a rule one is right, and there are no ways to choose among. DFT hurts on such data where "
-            "it was measured; a token that the model gives probability p learns p times as fast as under SFT. Take SFT "
-            "(Uniform), or put the way to the answer into the data."
+            "Short answers: as a rule one is right, and there are no ways to choose among. DFT hurts on such data "
+            "where it was measured; a token that the model gives probability p learns p times as fast as under SFT. "
+            "Take SFT (Uniform), or put the way to the answer into the data."
         )
         return Verdict("short answers", "hurts", said, evidence)
     if signs.symbols >= SYMBOLS:
@@ -140,8 +140,8 @@ def _worked(against: list[Evidence], evidence: list[Evidence]) -> Verdict:
         )
         return Verdict(kind, "unclear", said, evidence)
     said = (
-        "Worked solutions that the model half expects: many ways lead to an answer, and weights by p choose among them. "
-        "This is what DFT has helped with."
+        "Worked solutions that the model half expects: many ways lead to an answer, and weights by p choose among "
+        "them. This is what DFT has helped with."
     )
     return Verdict(kind, "helps", said, evidence)
 
