@@ -31,7 +31,8 @@ def bars(labels: Sequence[str], shares: Sequence[float], axis: str, beside: Sequ
         x, y = _LEFT + place * width, _y(share, top)
         tip = f"<title>{escape(label)}: {share:.2%}</title>"
         parts.append(_rectangle(x + width * 0.08, y, width * 0.84, _HEIGHT - _BOTTOM - y, colour(1), tip))
-        parts.append(_text(x + width / 2, y - 3, f"{100 * share:.1f}", "middle", "value"))
+        if share > 0:
+            parts.append(_text(x + width / 2, y - 3, f"{100 * share:.1f}", "middle", "value"))
     for place, share in enumerate(beside or ()):
         x, y = _LEFT + place * width, _y(share, top)
         tip = f"<title>{share:.2%}</title>"
