@@ -80,7 +80,7 @@ def groups_of(sample: Sample) -> list[Groups]:
     return [
         Groups("p", P_LABELS, bins, ordered=True),
         _present("token class", list(CLASSES), sample.classes),
-        Groups("position in the response", _position_labels(), places, ordered=True),
+        Groups("position in the response", _position_labels()[: int(places.max()) + 1], places, ordered=True),
         _by_source(sample),
     ]
 

@@ -20,7 +20,6 @@ section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; paddi
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #eceef2; vertical-align: top; }
 th { font-weight: 600; color: #4a505c; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.for { color: #00694d; } td.against { color: #a33c00; }
 td:first-child { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: #4a505c; }
 svg text.value { font-size: 10px; } svg text.inside { fill: #fff; } svg .grid { stroke: #e2e5ea; fill: none; }
@@ -137,9 +136,8 @@ def _extreme(name: str, extreme: Extreme) -> str:
         f"mean p {token.p:.2g})</li>"
         for token in extreme.tokens
     )
-    return (
-        f"<p><b>{safe(name)}: {extreme.share:.1%} of the tokens.</b> Most frequent:</p><ul class='scroll'>{tokens}</ul>"
-    )
+    head = f"<p><b>{safe(name)}: {extreme.share:.1%} of the tokens.</b> Most frequent:</p>"
+    return f"{head}<ul class='scroll'>{tokens or '<li>none</li>'}</ul>"
 
 
 def _steps(found: Diagnosis) -> str:

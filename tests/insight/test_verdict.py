@@ -3,10 +3,11 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from dft_lightning.insight.sample import Sample
+from dft_lightning.insight.sample import Sample, Vocabulary
 from dft_lightning.insight.stop import stop_of
 from dft_lightning.insight.verdict import EXCESS, OPEN, SHORT, SYMBOLS, UNEXPECTED, Signs, judge, signs_of
 from dft_lightning.token_classes import CLASSES
@@ -102,3 +103,11 @@ def test_a_stop_token_that_dft_cannot_learn_is_warned_of(p, said):
     assert (said in found.warning) if said else not found.warning
     if said:
         assert f"{1 / p:,.0f} times smaller" in found.warning
+
+
+def test_a_special_token_in_the_middle_of_an_answer_is_no_stop():
+    stop, word = CLASSES.index("stop"), CLASSES.index("other word")
+    vocabulary = Vocabulary(["a", "<end>"], torch.tensor([word, stop]))
+    ids = np.array([1, 0, 1, 0, 1, 0, 1])
+    learnt = np.array([False, True, True, True, True, False, False])
+    assert vocabulary.stops(ids, learnt).tolist() == [False, False, False, False, True, False, False]
