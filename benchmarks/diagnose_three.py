@@ -25,7 +25,7 @@ SHOWN = {
     "entropy": lambda signs, found: f"{signs['entropy']:.2f}",
     "P(stop), median": lambda signs, found: f"{found['stop']['quantiles']['0.5']:.2g}",
     "cosine DFT, SFT": lambda signs, found: number(found, "cosine"),
-    "|DFT| / |SFT|": lambda signs, found: number(found, "ratio"),
+    "norm of DFT / SFT": lambda signs, found: number(found, "ratio"),
     "verdict": lambda signs, found: f"{found['verdict']['kind']}: {found['verdict']['leaning']}",
 }
 
