@@ -20,7 +20,7 @@ section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; paddi
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #eceef2; vertical-align: top; }
 th { font-weight: 600; color: #4a505c; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td:first-child { overflow-wrap: anywhere; }
+td:first-child { overflow-wrap: anywhere; min-width: 8em; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: #4a505c; }
 svg text.value { font-size: 10px; } svg text.inside { fill: #fff; } svg .grid { stroke: #e2e5ea; fill: none; }
 .legend { margin: 4px 0 10px; font-size: 13px; }
