@@ -11,11 +11,15 @@ _COMMANDS = {
     "test": "the same on data.test_path",
     "predict": "log p, entropy, rank and weight of every token, to parquet",
     "plan": "what a fit with the same options will need: memory, FLOPs, time, and the setting that fits",
+    "diagnose": "before any training: what the model makes of the data, and where each weighting would go",
+    "inspect": "rows as the model sees them: mask, weight, p, borders of packing, stop tokens",
     "weightings": "what a token can be worth: all weightings, or one explained and plotted",
     "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
 _OWN = {
     "demo": "dft_lightning.demo",
+    "diagnose": "dft_lightning.insight.diagnose_command",
+    "inspect": "dft_lightning.insight.inspect_command",
     "plan": "dft_lightning.planning.command",
     "weightings": "dft_lightning.explain.command",
 }

@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,12 +56,12 @@ class Parser(LightningArgumentParser):
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
         if unknown := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
-            text = _class_hint(*unknown.groups()) or text
+            text = class_hint(*unknown.groups()) or text
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 
 
-def _class_hint(key: str, name: str) -> str | None:
+def class_hint(key: str, name: str) -> str | None:
     """What could have been meant by a class name that is not known."""
     installed, known = load_plugins().values(), [ChatDataModule, *_subclasses(ChatDataModule)]
     if key != "data":
@@ -209,6 +209,17 @@ class CommandLine(LightningCLI):
 
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
+
+
+class InsteadOfTraining(CommandLine):
+    """Reads the options of `dft fit`, and does something else in its place: no checkpoint, and no trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """No checkpoint is looked for."""
+
+    def instantiate_trainer(self, **_: Any) -> pl.Trainer:
+        """None: a trainer would ask for the accelerator that it names."""
+        return cast(pl.Trainer, None)
 
 
 def _root(error: BaseException) -> BaseException:
