@@ -67,11 +67,16 @@ def _rank(logits: Tensor, _lse: Tensor, target_logit: Tensor) -> Tensor:
     return (logits > target_logit[:, None]).sum(1)
 
 
+def _top_p(logits: Tensor, lse: Tensor, _target_logit: Tensor) -> Tensor:
+    return (logits.amax(1) - lse).exp()
+
+
 _STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "entropy": _entropy,
     "topk_entropy": _topk_entropy,
     "collision": _collision,
     "rank": _rank,
+    "top_p": _top_p,
 }
 
 
