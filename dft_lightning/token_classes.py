@@ -28,24 +28,24 @@ CLASSES = (
 )
 
 #: The words that hold a sentence, or a proof, together; and what a contraction leaves of one.
-_FUNCTION_WORDS = frozenset(
-    """a an the this that these those some any each every all both either neither no not none such same other another
+_FUNCTION = """
+    a an the this that these those some any each every all both either neither no not none such same other another
     i you he she it we they me him her us them my your his its our their who whom whose which what there here
     and or but nor so yet if then else than as because since while when where whether although though unless until
     of in on at by for from with without to into onto over under between among through during before after above below
     about against along upon within per via up down out off
     is are was were be been being am do does did done have has had having can could will would shall should may might
     must let thus hence therefore also only just very too more most less how why now again however otherwise
-    's 't 're 've 'm 'll 'd ’s ’t ’re ’ve ’m ’ll ’d""".split()
-)
+    's 't 're 've 'm 'll 'd ’s ’t ’re ’ve ’m ’ll ’d"""
+_FUNCTION_WORDS = frozenset(_FUNCTION.split())
 #: Names of LaTeX commands and environments that are no English words.
-_LATEX_NAMES = frozenset(
-    """frac dfrac tfrac sqrt cdot cdots ldots dots mathbb mathbf mathrm mathcal mathit boldsymbol boxed fbox leq geq neq
+_LATEX = """
+    frac dfrac tfrac sqrt cdot cdots ldots dots mathbb mathbf mathrm mathcal mathit boldsymbol boxed fbox leq geq neq
     leqslant geqslant rightarrow leftarrow Rightarrow Leftarrow iff infty cong equiv approx sim pmod bmod binom
     dbinom tbinom overline underline widehat overrightarrow qquad textbf textit mbox bigl bigr Bigl Bigr lfloor rfloor
     lceil rceil langle rangle subseteq subset supset setminus notin emptyset varnothing forall pmatrix bmatrix vmatrix
-    tikz tikzpicture alignat aligned asy oplus otimes circ nabla prod triangleq mapsto quad vdots ddots hline""".split()
-)
+    tikz tikzpicture alignat aligned asy oplus otimes circ nabla prod triangleq mapsto quad vdots ddots hline"""
+_LATEX_NAMES = frozenset(_LATEX.split())
 _OPERATORS = frozenset("+-*/=<>^_|~·×÷±°√∑∏∫∂∞→⇒")
 _DIGITS = re.compile(r"\d(?:[\d.,]*\d)?")
 _CONTRACTION = re.compile(r"['’][^\W\d_]+")
