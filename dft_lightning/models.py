@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+#: Rows of the head that are held in float32 at a time.
+_HEAD_ROWS = 16384
 
 
 @dataclass
@@ -143,6 +145,8 @@ class WeightedLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.observer: Callable[[Batch, Tensor], None] | None = None
+        """Shown each batch that is scored and its hidden states (N, H), within `forward`."""
         self._transform = _logit_transform(self.base.config)
         self._check_head()
 
@@ -185,8 +189,11 @@ class WeightedLM(nn.Module):
         """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
         head = self.base.get_output_embeddings()
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp}
+        hidden = self.hidden(batch)
+        if self.observer is not None:
+            self.observer(batch, hidden.detach())
         return weighted_nll(
-            self.hidden(batch),
+            hidden,
             head.weight,
             batch.target,
             weighting,
@@ -208,6 +215,15 @@ class WeightedLM(nn.Module):
         states = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state  # (B, T, H)
         flat: Tensor = states.flatten(0, 1).index_select(0, batch.supervised)
         return flat
+
+    @torch.no_grad()
+    def distribution(self, hidden: Tensor) -> Tensor:
+        """log π (R, V) of the whole vocabulary after hidden states (R, H), in at least float32, products included."""
+        head, wide = self.base.get_output_embeddings(), torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = [hidden.to(wide) @ rows.to(wide).T for rows in head.weight.split(_HEAD_ROWS)]
+        transform = LogitTransform(head.bias, self._transform.scale, self._transform.softcap)
+        return transform.forward_(torch.cat(parts, 1)).log_softmax(1)
 
     @torch.no_grad()
     def logp(self, batch: Batch, *, adapter: bool = True, **head_options: Any) -> Tensor:
