@@ -190,6 +190,22 @@ FAULTS = [
     fault(0, "compiled layers meet another shape", "data/datamodule.py", "is_fixed = self.fixed_shape and", "is_fixed = False and",
           f"{LAYERS}TestCompilation::test_the_same_gradients_and_one_graph_for_the_run"),
     fault(0, "a checkpoint that is late is not written", "step.py", "if wish)", "if False)", f"{CALLBACKS}checkpoints.py"),
+    fault(0, "calibration of the target in place of the likeliest", "callbacks/looks/tally.py", "confidence = tokens.top_p.double()", "confidence = p",
+          f"{CALLBACKS}tally.py::TestCalibration"),
+    fault(0, "the share of the weight is that of the tokens", "callbacks/looks/tally.py", "len(P_LABELS), weight.abs())[:, 0]", "len(P_LABELS), one)[:, 0]",
+          f"{CALLBACKS}tally.py::test_by_p_weight_and_class"),
+    fault(0, "the likeliest token's probability is the target's", "logprob/head.py", "(logits.amax(1) - lse).exp()", "(_target_logit - lse).exp()",
+          f"{CALLBACKS}looks.py::test_numbers_are_those_of_full_logits"),
+    fault(0, "KL the other way round", "callbacks/looks/initial.py", "before.exp() * (before - now)", "now.exp() * (now - before)",
+          f"{CALLBACKS}initial.py"),
+    fault(0, "a resumed run forgets the initial model", "callbacks/token_probabilities.py", "watching(network, self.start is None)", "watching(network, self._reported == trainer.global_step)",
+          f"{CALLBACKS}initial.py::test_a_resumed_run_compares_with_the_initial_model"),
+    fault(0, "ranks put their tokens on top of each other", "callbacks/looks/probe.py", "whole[self.places(batch)] = of_batch", "whole[: len(of_batch)] += of_batch",
+          f"{CALLBACKS}looks.py::test_every_rank_puts_its_tokens_at_their_places"),
+    fault(0, "pushed up and pushed down change places", "callbacks/looks/change.py", "change = (now - before)", "change = (before - now)",
+          f"{CALLBACKS}change.py::test_mean_count_and_interval_by_hand"),
+    fault(0, "looking leaves evaluation mode on", "callbacks/token_probabilities.py", "        module.train(training)\n", "",
+          f"{CALLBACKS}token_probabilities.py::TestRun::test_training_does_not_notice"),
 ]  # fmt: skip
 
 
