@@ -57,7 +57,7 @@ def draw_weights(tally: Tally, title: str) -> "Figure":
     over.bar(places + 0.2, percent(tally.weight_by_p), width=0.4, color=NOW, label="of the total weight")
     over.set_ylabel("%", fontsize=9)
     over.tick_params(labelbottom=False)
-    over.legend(loc="upper left", fontsize=8, frameon=False)
+    over.legend(loc="best", fontsize=8, frameon=False)
     over.set_title(title, fontsize=10, loc="left")
     _density(density, tally.density)
     density.set_xticks(places, P_LABELS, fontsize=7)
