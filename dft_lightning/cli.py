@@ -11,6 +11,8 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -35,7 +37,7 @@ from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
-from dft_lightning.weighting import TokenWeighting
+from dft_lightning.weighting.plugins import load_plugins, weightings
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
 _TRAINER = {
@@ -53,19 +55,30 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
-        unknown = re.search(r'Parser key "(model.weighting|data)".*Expected a dot import path string: (\S+)', text)
-        if unknown:
-            text = _class_hint(*unknown.groups())
+        if unknown := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
+            text = _class_hint(*unknown.groups()) or text
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 
 
-def _class_hint(key: str, name: str) -> str:
+def _class_hint(key: str, name: str) -> str | None:
     """What could have been meant by a class name that is not known."""
-    base: type = TokenWeighting if key == "model.weighting" else ChatDataModule
-    known = [cls.__name__ for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
-    known = sorted(name for name in known if name != "TokenWeighting")
-    return f"--{key} {name!r} is none of {', '.join(known)}; write a class of your own as file.Class"
+    installed, known = load_plugins().values(), [ChatDataModule, *_subclasses(ChatDataModule)]
+    if key != "data":
+        if key != "model.weighting" and not _holds_weightings(key):
+            return None
+        known = [*weightings()]
+    ours = [cls for cls in known if cls.__module__.startswith("dft_lightning.") or cls in installed]
+    names = sorted(cls.__name__ for cls in ours if not isabstract(cls))
+    where = key if key.startswith(("data", "model.weighting")) else f"model.weighting….{key}"
+    return f"--{where} {name!r} is none of {', '.join(names)}; write a class of your own as file.Class"
+
+
+def _holds_weightings(key: str) -> bool:
+    """Whether a key is that of a weighting within another: jsonargparse then gives its last part alone."""
+    made = [cls for cls in weightings() if is_dataclass(cls)]
+    known = [field for cls in made for field in fields(cls)]  # type: ignore[arg-type]  # mypy loses `is_dataclass`
+    return any(field.name == key.rpartition(".")[2] and "TokenWeighting" in str(field.type) for field in known)
 
 
 def _subclasses(base: type) -> list[type]:
@@ -209,6 +222,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
+    load_plugins()
     try:
         command_line(
             FineTuner,

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dft_lightning.callbacks.looks.initial import InitialDistributions
 from dft_lightning.callbacks.looks.probe import Probe
 from dft_lightning.callbacks.looks.report import Report, Seen, Start
-from dft_lightning.callbacks.looks.tally import Tally
+from dft_lightning.callbacks.looks.tally import ENTROPY_EDGES, P_EDGES, P_LABELS, Tally, histogram
 from dft_lightning.callbacks.looks.writing import LAYOUT
 from dft_lightning.callbacks.throughput import not_training
 from dft_lightning.errors import UserError
@@ -23,6 +23,8 @@ from dft_lightning.token_classes import class_of, token_texts
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
     from dft_lightning.module import FineTuner
+
+__all__ = ["ENTROPY_EDGES", "P_EDGES", "P_LABELS", "Tally", "TokenProbabilities", "histogram"]
 
 _WANTED = frozenset({"entropy", "rank", "top_p"})
 

@@ -59,7 +59,7 @@ class TokenStats:
     stop: Tensor | None = None
     """Whether the token ends its turn: the stop token of the chat template, bool."""
     weight: Tensor | None = None
-    """What the weighting made of it; filled in by the loss."""
+    """What the weighting made of it, its target for the given word included; filled in by the loss."""
     progress: float = 0.0
     """Share of training done, 0 to 1."""
 

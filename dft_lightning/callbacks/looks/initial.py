@@ -11,7 +11,7 @@ Shapes: K kept tokens, R of them in a row, H hidden size, V vocabulary.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.callbacks.looks.probe import Probe
+from dft_lightning.logprob.head import LogitTransform, log_distribution
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -52,8 +53,8 @@ class InitialDistributions:
         """What the network scores within is compared, or with `record` kept first."""
         self._found = self._nothing()
 
-        def see(batch: "Batch", hidden: Tensor) -> None:
-            self._see(network, batch, hidden, record)
+        def see(batch: "Batch", hidden: Tensor, head: Tensor, transform: LogitTransform) -> None:
+            self._see(batch, hidden, lambda rows: log_distribution(rows, head, transform), record)
 
         network.observer = see
         try:
@@ -65,7 +66,7 @@ class InitialDistributions:
         """(2, K): this rank's KL of each kept token, and whether it knows it; both add up over ranks."""
         return self._found
 
-    def _see(self, network: "WeightedLM", batch: "Batch", hidden: Tensor, record: bool) -> None:
+    def _see(self, batch: "Batch", hidden: Tensor, distribution: Callable[[Tensor], Tensor], record: bool) -> None:
         """Of a batch scored twice, first by the reference, the second look counts."""
         places, sequence = self.probe.places(batch).cpu(), batch.sequence.cpu()
         kept = torch.isin(places, self.chosen)
@@ -73,7 +74,7 @@ class InitialDistributions:
             tokens = torch.nonzero((sequence == number) & kept).flatten()
             if not len(tokens):
                 continue
-            now = network.distribution(hidden[tokens.to(hidden.device)])
+            now = distribution(hidden[tokens.to(hidden.device)])
             path = self.folder / f"initial-{row}.npy"
             if record:
                 _write(path, now)
