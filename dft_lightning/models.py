@@ -143,6 +143,8 @@ class WeightedLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.observer: Callable[[Batch, Tensor, Tensor, LogitTransform], None] | None = None
+        """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
         self._transform = _logit_transform(self.base.config)
         self._check_head()
 
@@ -192,8 +194,11 @@ class WeightedLM(nn.Module):
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
         asked = weighting.needs | set(wanted)
         brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
+        hidden = self.hidden(batch)
+        if self.observer is not None:
+            self.observer(batch, hidden.detach(), head.weight, self._transform_of(head))
         return weighted_nll(
-            self.hidden(batch),
+            hidden,
             head.weight,
             batch.target,
             weighting,

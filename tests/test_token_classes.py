@@ -39,7 +39,8 @@ class TestByteLevel:
     def test_the_table(self):
         tokenizer = tiny_tokenizer()
         named = classes(tokenizer)
-        assert len(named) == len(tokenizer) and class_of(tokenizer).dtype == torch.uint8
+        assert len(named) == len(tokenizer)
+        assert class_of(tokenizer).dtype == torch.uint8
         ids = tokenizer("the answer, 12 + 1\n")["input_ids"]
         assert {"function word", "punctuation", "digit", "operator", "white space"} <= {named[i] for i in ids}
         assert named[tokenizer.eos_token_id] == named[tokenizer.convert_tokens_to_ids("<|im_start|>")] == "stop"
@@ -50,7 +51,8 @@ class TestByteLevel:
         texts = token_texts(tokenizer)
         assert texts == [tokenizer.decode([index]) for index in range(len(tokenizer))]
         assert " the" in texts or "the" in texts
-        assert "\n" in texts and "\ufffd" in texts
+        assert "\n" in texts
+        assert "\ufffd" in texts
 
     def test_rows_of_the_head_without_a_token(self):
         tokenizer = tiny_tokenizer()
@@ -92,7 +94,8 @@ def test_a_special_token_may_look_like_the_other_kind():
     tokenizer.add_special_tokens({"additional_special_tokens": ["▁end", "▁of", "▁sentence"]})
     tokenizer.add_tokens(["<think>"])
     named = dict(zip(token_texts(tokenizer), classes(tokenizer), strict=True))
-    assert named["▁end"] == "stop" and named["<think>"] == "other"
+    assert named["▁end"] == "stop"
+    assert named["<think>"] == "other"
     assert " the" in named or "the" in named
 
 
@@ -114,8 +117,10 @@ def test_real_tokenizers(shared, name):
     expected = {"Since": "function word", "the": "function word", "ratio": "other word", "answer": "other word"}
     assert expected.items() <= found.items()
     commands = [piece for piece, kind in found.items() if kind == "LaTeX command"]
-    assert any("frac" in piece for piece in commands) and any("boxed" in piece for piece in commands)
+    assert any("frac" in piece for piece in commands)
+    assert any("boxed" in piece for piece in commands)
     assert all(kind == "digit" for piece, kind in found.items() if piece.isdigit())
     assert named[tokenizer.eos_token_id] == "stop"
     shares = Counter(named)
-    assert shares["other word"] > len(named) / 2 and all(shares[kind] > 10 for kind in CLASSES if kind != "digit")
+    assert shares["other word"] > len(named) / 2
+    assert all(shares[kind] > 10 for kind in CLASSES if kind != "digit")

@@ -89,6 +89,11 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
         return TokenizedRows(self._store, rows, hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest())
 
+    def find(self, sources: Sequence[int]) -> list[int] | None:
+        """The places here of rows that are known by their index in the source; None where one is not here."""
+        places = {row: place for place, row in enumerate(self._rows.tolist())}
+        return None if set(sources) - places.keys() else [places[row] for row in sources]
+
     def content_hash(self, indices: Indices) -> str:
         """sha256 over the tokens and masks of these rows in order, however they are stored."""
         rows = self._rows[np.asarray(indices, dtype=np.int64)]

@@ -48,7 +48,7 @@ def weighting_of(spec: Any, option: str) -> TokenWeighting:
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_why(spec, option, error)) from error
     if not isinstance(built, TokenWeighting):
-        raise UserError(f"--{option} {spec!r} is no weighting; expected a name, file.Class, or class_path and init_args")
+        raise UserError(f"--{option} {spec!r} is no weighting; expected a name, or class_path and init_args")
     return built
 
 

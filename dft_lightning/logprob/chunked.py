@@ -61,7 +61,7 @@ def weighted_nll(
         factor: (N,) n_t, the normaliser's factor a token; 1 if not given. It is no part of the reported weight.
         transform: the model family's bias, scale and soft-cap.
         progress: share of training done, for scheduled weightings.
-        wanted: further statistics of the distribution to compute: "entropy", "topk_entropy", "collision", "rank".
+        wanted: further statistics of the distribution to compute, of `DISTRIBUTION_STATISTICS`.
         weight: (N,) weights that are known already, as those of `step` scope are; the weighting is then not asked.
         chunk_rows: rows whose logits are held at a time; by default as many as fit 200 MiB (CPU) or 2 GiB (GPU).
         lengths: tokens of each sequence, where all of one lie together: a weighting of sequence scope then needs one

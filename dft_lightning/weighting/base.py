@@ -15,7 +15,7 @@ Scope = Literal["token", "sequence", "step"]
 Divisor = Literal["tokens", "weights", "selected"]
 
 #: Statistics of the whole distribution that the loss head can compute beside log p.
-DISTRIBUTION_STATISTICS = frozenset({"entropy", "topk_entropy", "collision", "rank"})
+DISTRIBUTION_STATISTICS = frozenset({"entropy", "topk_entropy", "collision", "rank", "top_p"})
 #: What a token may bring along from the data or from an earlier policy.
 BROUGHT_ALONG = frozenset({"position", "ref_logp", "old_logp", "reward", "data_weight", "stop"})
 #: What `TokenWeighting.targets` may want beside: the reference's log-probabilities over the whole vocabulary.
@@ -46,6 +46,8 @@ class TokenStats:
     """Σ_v p_v²."""
     rank: Tensor | None = None
     """How many tokens of the vocabulary are likelier than the target: 0 means the target is the top-1."""
+    top_p: Tensor | None = None
+    """Probability of the likeliest token of the vocabulary."""
     ref_logp: Tensor | None = None
     """log-probability under the frozen initial model."""
     old_logp: Tensor | None = None
@@ -143,7 +145,7 @@ class TokenWeighting(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics beyond log p: "entropy", "topk_entropy", "collision", "rank", "ref_logp", "old_logp", "reward", …"""
+    """Statistics beyond log p: `DISTRIBUTION_STATISTICS`, and what the data brings: "ref_logp", "old_logp", …"""
 
     scope: ClassVar[Scope] = "token"
     """How far a token's weight looks at others: "token", "sequence" or "step" (all tokens of the optimizer step)."""

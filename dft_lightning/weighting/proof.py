@@ -164,6 +164,7 @@ def _sample(weighting: TokenWeighting, progress: float) -> TokenStats:
         old_logp=logp + uniform(-1.0, 1.0),
         reward=uniform(-1.0, 1.0),
         data_weight=uniform(0.0, 2.0),
+        top_p=uniform(0.01, 1.0),  # drawn last: the fingerprints of others stay
         stop=torch.arange(count) % _TOKENS_EACH == _TOKENS_EACH - 1,
         progress=progress,
     )
