@@ -84,8 +84,8 @@ def why_not(weighting: TokenWeighting) -> str:
         return f"weighting refused: {error}"
     if "reward" in weighting.needs:
         return f"{name} needs rewards, which come with rows that a policy has written"
-    if weighting.vocabulary:
-        return f"{name} has a target over the whole vocabulary; what is compared here are weights of the given tokens"
+    if weighting.vocabulary and weighting.scope != "token":
+        return f"{name} has a target over the whole vocabulary, and looks at other tokens: one pass does not tell both"
     return ""
 
 

@@ -104,7 +104,7 @@ def diagnose(
     head = subject.network.base.get_output_embeddings().weight.shape[0]
     vocabulary = Vocabulary.of(subject.module.tokenizer, head)
     say(f"One pass over {len(rows)} rows …")
-    sample = take(subject, rows, vocabulary)
+    sample = take(subject, rows, vocabulary, weightings.values())
     picked = spread(len(rows), gradient_rows).tolist() if gradient_rows else []
     if picked:
         say(f"Gradients of {len(weightings)} weightings over {len(picked)} rows …")

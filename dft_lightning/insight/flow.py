@@ -62,7 +62,7 @@ class Flow:
 def flow_of(sample: Sample, weighting: TokenWeighting, groups: list[Groups], direction: Direction | None) -> Flow:
     """What becomes of the sample under a weighting."""
     weight = sample.weights(weighting)
-    mass = sample.mass(weight)
+    mass = sample.mass(weighting)
     return Flow(
         mean=float(weight.mean()),
         effective=float(weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-300)),

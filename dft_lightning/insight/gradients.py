@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from dft_lightning.insight.sample import Sample, micro_batches
 from dft_lightning.insight.subject import Subject
+from dft_lightning.logprob import ReferenceHead
 from dft_lightning.normalizer import token_factor
 from dft_lightning.weighting import TokenWeighting, Uniform
-from dft_lightning.weighting.base import checked_weights
+from dft_lightning.weighting.base import REF_DISTRIBUTION, checked_weights
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -83,10 +84,18 @@ def _step(subject: Subject, sample: Sample, batches: "list[Batch]", weighting: T
         for batch, weight, factor in zip(batches, weights, factors, strict=True):
             weight = weight.to(subject.device)
             with subject.arithmetic():
-                loss, _ = network(batch, Uniform(), weight=weight, factor=factor, **subject.head_options)
+                reference = _reference(subject, batch, weighting)
+                loss, _ = network(
+                    batch, weighting, weight=weight, factor=factor, reference=reference, **subject.head_options
+                )
             loss.backward()
     share = 1.0 / (_divisor(weighting, weights, factors) or 1.0)  # where nothing counts, there is no gradient either
     return [_scaled(parameter, share) for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _reference(subject: Subject, batch: "Batch", weighting: TokenWeighting) -> ReferenceHead | None:
+    """The model's own distributions, where the weighting compares with those of the initial model."""
+    return subject.network.reference(batch) if REF_DISTRIBUTION in weighting.needs else None
 
 
 def _scaled(parameter: nn.Parameter, share: float) -> Tensor | None:

@@ -3,8 +3,8 @@
 Shapes: N supervised tokens of the sample.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.insight.subject import Subject
+from dft_lightning.insight.targets import worth_and_pull
 from dft_lightning.normalizer import token_factor
 from dft_lightning.step_weights import by_row
 from dft_lightning.token_classes import CLASSES, class_of, token_texts
@@ -66,6 +67,7 @@ class Sample:
         sources: what the rows' column `source` says.
         turns: supervised tokens of each turn.
         rows: the rows.
+        targets: see `worth_and_pull`, (N,) each, of the weightings with targets over the vocabulary, by their repr.
     """
 
     tokens: TokenStats
@@ -75,6 +77,7 @@ class Sample:
     sources: list[str]
     turns: list[int]
     rows: "TokenizedRows"
+    targets: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def pull(self) -> Tensor:
@@ -87,11 +90,15 @@ class Sample:
 
     def weights(self, weighting: TokenWeighting) -> Tensor:
         """What the tokens are worth, (N,) float64, as if the sample were one optimizer step."""
+        if weighting.vocabulary:
+            return self.targets[repr(weighting)][0].double()
         return checked_weights(weighting, self.tokens).double()
 
-    def mass(self, weight: Tensor) -> Tensor:
+    def mass(self, weighting: TokenWeighting) -> Tensor:
         """The norm of each token's part of the gradient by the logits, (N,)."""
-        return weight.abs() * self.factor * self.pull
+        if weighting.vocabulary:
+            return self.factor * self.targets[repr(weighting)][1].double()
+        return self.factor * self.weights(weighting).abs() * self.pull
 
     @cached_property
     def places(self) -> dict[int, Tensor]:
@@ -115,14 +122,22 @@ def micro_batches(subject: Subject, rows: "TokenizedRows") -> "Iterator[Batch]":
 
 
 @torch.no_grad()
-def take(subject: Subject, rows: "TokenizedRows", vocabulary: Vocabulary) -> Sample:
-    """One pass over the rows."""
+def take(
+    subject: Subject, rows: "TokenizedRows", vocabulary: Vocabulary, weightings: Iterable[TokenWeighting] = ()
+) -> Sample:
+    """One pass over the rows, and one more for each of the weightings that has targets over the vocabulary."""
     parts, factors = [], []
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {repr(each): [] for each in weightings if each.vocabulary}
     for batch in micro_batches(subject, rows):
         with subject.arithmetic():
             _, tokens = subject.network(batch, Uniform(), wanted=DISTRIBUTION_STATISTICS, **subject.head_options)
         factor = token_factor(subject.module.normalize, batch)
-        parts.append(_on_cpu(replace(by_row(as_initial(tokens, batch), batch), weight=None)))
+        tokens = replace(as_initial(tokens, batch), weight=None)
+        parts.append(_on_cpu(by_row(tokens, batch)))
+        for each in (each for each in weightings if each.vocabulary):
+            with subject.arithmetic():
+                worth, pull = worth_and_pull(subject.network, batch, each, tokens)
+            found[repr(each)].append((worth.cpu(), pull.cpu()))
         factors.append(torch.ones(len(tokens), dtype=torch.float64) if factor is None else factor.cpu())
     tokens = TokenStats.concatenate(parts)
     stop, sources, turns = _facts_of_rows(rows, vocabulary)
@@ -137,7 +152,13 @@ def take(subject: Subject, rows: "TokenizedRows", vocabulary: Vocabulary) -> Sam
         sources=names,
         turns=turns,
         rows=rows,
+        targets={name: _joined(batches) for name, batches in found.items()},
     )
+
+
+def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    first, second = zip(*batches, strict=True)
+    return torch.cat(first), torch.cat(second)
 
 
 def as_initial(tokens: TokenStats, batch: "Batch") -> TokenStats:
@@ -148,7 +169,11 @@ def as_initial(tokens: TokenStats, batch: "Batch") -> TokenStats:
     given: Tensor | None = getattr(batch, "data_weight", None)
     one = torch.ones_like(tokens.logp)
     return replace(
-        tokens, ref_logp=tokens.logp, old_logp=tokens.logp, data_weight=one if given is None else given.to(one)
+        tokens,
+        ref_logp=tokens.logp,
+        old_logp=tokens.logp,
+        data_weight=one if given is None else given.to(one),
+        stop=batch.stop,
     )
 
 

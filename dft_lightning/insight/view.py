@@ -14,6 +14,7 @@ from dft_lightning.data.batch import Collator
 from dft_lightning.data.packing import Packed, Row
 from dft_lightning.errors import UserError
 from dft_lightning.insight.sample import Vocabulary, as_initial
+from dft_lightning.insight.targets import worth_and_pull
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import DISTRIBUTION_STATISTICS, checked_weights
 
@@ -114,6 +115,9 @@ def scores(subject: "Subject", batch: "Batch", weighting: TokenWeighting) -> lis
         _, tokens = network(moved, Uniform(), wanted=DISTRIBUTION_STATISTICS, **subject.head_options)
     stop = _stops(batch, Vocabulary.of(subject.module.tokenizer)).to(subject.device)
     tokens = replace(as_initial(tokens, moved), weight=None, stop=stop)
+    if weighting.vocabulary:
+        with subject.arithmetic():
+            return _listed(tokens, worth_and_pull(network, moved, weighting, tokens)[0])
     return _listed(tokens, checked_weights(weighting, tokens))
 
 

@@ -121,13 +121,13 @@ class TargetRows:
         own = self.found.values["logp"][rows]
         total = (coefficient * own).sum() + torch.where(q == 0.0, 0.0, q * logp).sum()
         if self.gradient is not None:
-            grad = _gradient(logp.exp_(), q, coefficient, own, job.target[rows, None])
+            grad = target_gradient(logp.exp_(), q, coefficient, own, job.target[rows, None])
             job.transform.backward_(grad, z)
             self.out[part] = grad.mul_(job.precision.lift)
         return total
 
 
-def _gradient(p: Tensor, q: Tensor, coefficient: Tensor, logp: Tensor, target: Tensor) -> Tensor:
+def target_gradient(p: Tensor, q: Tensor, coefficient: Tensor, logp: Tensor, target: Tensor) -> Tensor:
     """(c + Σq)·p − c·onehot − q, (b, V); the given token's c·(p − 1) without cancellation."""
     grad = torch.addcmul(q.neg(), p, q.sum(1, keepdim=True))
     at_target = grad.gather(1, target) + (coefficient * torch.expm1(logp))[:, None]

@@ -6,7 +6,14 @@ import pytest
 
 from dft_lightning.errors import UserError
 from dft_lightning.insight.choice import chosen, label, weighting_of
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenTarget, TokenWeighting, Uniform
+from dft_lightning.weighting import (
+    DFT,
+    EntropyBonus,
+    ImportanceWeighted,
+    SentenceDFT,
+    TokenWeighting,
+    Uniform,
+)
 
 
 @dataclass(frozen=True)
@@ -18,14 +25,6 @@ class Around(TokenWeighting):
 
     def weights(self, tokens):
         return self.of.weights(tokens)
-
-
-@dataclass(frozen=True)
-class Spread(TokenTarget):
-    """A little of everything."""
-
-    def targets(self, tokens, logp, ref_logp):
-        return logp.exp()
 
 
 def test_a_label_has_what_differs_from_the_defaults():
@@ -56,5 +55,5 @@ def test_what_is_no_weighting_is_refused_by_its_option(spec):
 
 
 def test_a_configured_weighting_that_cannot_be_compared_is_left_out():
-    assert list(chosen(None, Spread())) == ["Uniform", "DFT", "DFT(floor=0.1)"]
+    assert list(chosen(None, EntropyBonus(SentenceDFT()))) == ["Uniform", "DFT", "DFT(floor=0.1)"]
     assert list(chosen(None, DFT(0.5))) == ["DFT(floor=0.5)", "Uniform", "DFT", "DFT(floor=0.1)"]

@@ -297,7 +297,7 @@ def test_the_page_needs_nothing_and_lets_no_markup_through(tmp_path, model_dir, 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--weightings", "Nonsense"], "--weightings 'Nonsense' is none of DFT, "),
+        (["--weightings", "Nonsense"], "--weightings 'Nonsense' is none of ASFT, "),
         (["--weightings", "my_own.Missing"], "my_own.Missing"),
         (["--weightings", "{class_path: DFT, init_args: {floor: 7}}"], "DFT.floor is 7"),
         (["--weightings", "{class_path: DFT, init_args: {roof: 7}}"], "roof"),

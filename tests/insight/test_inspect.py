@@ -144,7 +144,7 @@ def test_line_breaks_are_seen_and_kept():
     [
         (["--rows", "0", "26"], "--rows has 26; there are 26 training rows, from 0 on"),
         (["--rows", "-1"], "--rows has -1"),
-        (["--weighting", "Nonsense"], "--weighting 'Nonsense' is none of DFT, "),
+        (["--weighting", "Nonsense"], "--weighting 'Nonsense' is none of ASFT, "),
         (["--data.path", "nowhere.jsonl"], "'nowhere.jsonl' matches no files"),
         (["--first", "0"], "--first is 0; expected 1 or more"),
         (["--no_model", "--by", "p"], "--by p needs the model"),
