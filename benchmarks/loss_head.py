@@ -103,7 +103,7 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
     "ours, DFT": ours(DFT()),
     "ours, a user's": ours(Own()),
     "ours, DFT, entropy": ours(DFT(), ("entropy",)),
-    "ours, DFT, all statistics": ours(DFT(), ("entropy", "topk_entropy", "collision", "rank")),
+    "ours, DFT, all statistics": ours(DFT(), ("entropy", "topk_entropy", "collision", "rank", "top_p")),
     "ours, sequence, one pass": ours(Sentence()),
     "ours, sequence, two passes": ours(Sentence(), chunk_rows=SEQUENCE - 1),
     "ours, DFT, bfloat16 logits": ours(DFT(), logits=torch.bfloat16),

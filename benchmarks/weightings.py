@@ -1,18 +1,24 @@
-"""`dft fit` with each weighting on the same rows in the same order: what each makes of them, and at what speed.
+"""`dft fit` with every weighting on the same rows in the same order: what each makes of them, and at what price.
 
-python benchmarks/weightings.py [--path rows.parquet] [--steps 20 --rows 16] [--model_name smollm2-135m-instruct]
+    python benchmarks/weightings.py [--path rows.parquet] [--steps 10 --rows 4] [--only DFT EAFT …]
 
-Without --path it trains on the embedded practice problems. The last weighting comes from a file outside the package.
+Without --path it trains on the embedded practice problems. `my_weighting.Confident` comes from a file outside the
+package. tokens/s and the training's peak memory are relative to a run with Uniform; one is made before every fourth
+weighting, and the two neighbours before and after are averaged, since speed drifts on a shared machine.
 """
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dft_lightning.weighting.catalogue import entries
 
 OWN = '''"""A weighting of one's own."""
 
@@ -32,13 +38,18 @@ class Confident(TokenWeighting):
     def weights(self, tokens: TokenStats) -> Tensor:
         return tokens.p**self.power
 '''
-WEIGHTINGS = ("Uniform", "DFT", "ImportanceWeighted", "my_weighting.Confident")
 SHOWN = ("nll", "p_mean", "weight_mean", "effective_sample_size", "grad_norm")
+PRICE = ("tokens_per_second", "memory")
+BETWEEN = 4  # weightings from one run with Uniform to the next
 
 
-def fit(options: argparse.Namespace, weighting: str, folder: Path) -> dict[str, list[float]]:
-    """One run in a process of its own; every step's scalars."""
-    run = folder / weighting
+def every_weighting() -> list[str]:
+    """Names of all that the package has, and one of a user's."""
+    return [entry.name for entry in entries() if entry.name != "Uniform"] + ["my_weighting.Confident"]
+
+
+def fit(options: argparse.Namespace, weighting: str, run: Path) -> dict[str, Any]:
+    """One run in a process of its own: every step's scalars, the median speed and the peak memory."""
     data = ["--data", "PracticeDataModule"]
     if options.path:
         data = ["--data", "NuminaMathDataModule", "--data.path", str(Path(options.path).absolute())]
@@ -55,32 +66,56 @@ def fit(options: argparse.Namespace, weighting: str, folder: Path) -> dict[str, 
         "0",
     ]
     command += ["--checkpoints.save_best", "false"]
-    subprocess.run(command, check=True, cwd=folder, stdout=sys.stderr)
+    subprocess.run(command, check=True, cwd=run.parent, stdout=sys.stderr)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "throughput/"))]
-    return {tag.split("/")[1]: [event.value for event in events.Scalars(tag)] for tag in tags}
+    found: dict[str, Any] = {tag.split("/")[1]: [event.value for event in events.Scalars(tag)] for tag in tags}
+    memory = next(name for name in found if name.endswith("_gib"))
+    price = {"tokens_per_second": statistics.median(found["tokens_per_second"]), "memory": max(found[memory])}
+    return found | price
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--only", nargs="+")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--model_name", default="smollm2-135m-instruct")
     parser.add_argument("--precision", default="bf16-true")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-    print("| weighting | NLL step 1 | " + " | ".join(f"{name}, last" for name in SHOWN) + " | tokens/s, median |")
-    print("|---" * (len(SHOWN) + 3) + "|", flush=True)
+    columns = ["weighting", "NLL step 1", *(f"{name}, last" for name in SHOWN), "tokens/s", "of Uniform's", "memory"]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "my_weighting.py").write_text(OWN)
-        for weighting in WEIGHTINGS:
-            found = fit(options, weighting, Path(folder))
-            speed = sorted(found["tokens_per_second"])[len(found["tokens_per_second"]) // 2]
-            values = [f"{found['nll'][0]:.6f}", *(f"{found[name][-1]:.4f}" for name in SHOWN), f"{speed:.0f}"]
-            print(f"| {weighting} | " + " | ".join(values) + " |", flush=True)
+        names = options.only or every_weighting()
+        before = uniform(options, Path(folder), 0)
+        for start in range(0, len(names), BETWEEN):
+            group = [(name, fit(options, name, Path(folder) / name)) for name in names[start : start + BETWEEN]]
+            after = uniform(options, Path(folder), start + 1)
+            yardstick = {key: (before[key] + after[key]) / 2 for key in PRICE}
+            for name, found in group:
+                report(name, found, yardstick)
+            before = after
+
+
+def uniform(options: argparse.Namespace, folder: Path, number: int) -> dict[str, Any]:
+    """A run with Uniform; the first one is reported."""
+    found = fit(options, "Uniform", folder / f"uniform-{number}")
+    if not number:
+        report("Uniform", found, found)
+    return found
+
+
+def report(name: str, found: dict[str, Any], yardstick: dict[str, float]) -> None:
+    """A line of the table."""
+    values = [f"{found['nll'][0]:.6f}", *(f"{found[shown][-1]:.4f}" for shown in SHOWN)]
+    values += [f"{found['tokens_per_second']:.0f}", *(f"{found[key] / yardstick[key]:.2f}" for key in PRICE)]
+    print(f"| {name} | " + " | ".join(values) + " |", flush=True)
 
 
 if __name__ == "__main__":

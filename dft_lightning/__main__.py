@@ -11,9 +11,18 @@ _COMMANDS = {
     "test": "the same on data.test_path",
     "predict": "log p, entropy, rank and weight of every token, to parquet",
     "plan": "what a fit with the same options will need: memory, FLOPs, time, and the setting that fits",
+    "diagnose": "before any training: what the model makes of the data, and where each weighting would go",
+    "inspect": "rows as the model sees them: mask, weight, p, borders of packing, stop tokens",
+    "weightings": "what a token can be worth: all weightings, or one explained and plotted",
     "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
-_OWN = {"demo": "dft_lightning.demo", "plan": "dft_lightning.planning.command"}
+_OWN = {
+    "demo": "dft_lightning.demo",
+    "diagnose": "dft_lightning.insight.diagnose_command",
+    "inspect": "dft_lightning.insight.inspect_command",
+    "plan": "dft_lightning.planning.command",
+    "weightings": "dft_lightning.explain.command",
+}
 
 _HELP = """usage: dft COMMAND [--config FILE ...] [--option VALUE ...]
 
@@ -35,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Answer what needs no import, and hand everything else on."""
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<10}{what}" for name, what in _COMMANDS.items())))
+        print(_HELP.format(commands="\n".join(f"  {name:<12}{what}" for name, what in _COMMANDS.items())))
         return 0
     if given[0] == "--version":
         print(f"dft-lightning {version('dft-lightning')}")

@@ -11,9 +11,11 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,7 +37,7 @@ from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
-from dft_lightning.weighting import TokenWeighting
+from dft_lightning.weighting.plugins import load_plugins, weightings
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
 _TRAINER = {
@@ -53,19 +55,30 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
-        unknown = re.search(r'Parser key "(model.weighting|data)".*Expected a dot import path string: (\S+)', text)
-        if unknown:
-            text = _class_hint(*unknown.groups())
+        if unknown := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
+            text = class_hint(*unknown.groups()) or text
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 
 
-def _class_hint(key: str, name: str) -> str:
+def class_hint(key: str, name: str) -> str | None:
     """What could have been meant by a class name that is not known."""
-    base: type = TokenWeighting if key == "model.weighting" else ChatDataModule
-    known = [cls.__name__ for cls in [base, *_subclasses(base)] if cls.__module__.startswith("dft_lightning.")]
-    known = sorted(name for name in known if name != "TokenWeighting")
-    return f"--{key} {name!r} is none of {', '.join(known)}; write a class of your own as file.Class"
+    installed, known = load_plugins().values(), [ChatDataModule, *_subclasses(ChatDataModule)]
+    if key != "data":
+        if key != "model.weighting" and not _holds_weightings(key):
+            return None
+        known = [*weightings()]
+    ours = [cls for cls in known if cls.__module__.startswith("dft_lightning.") or cls in installed]
+    names = sorted(cls.__name__ for cls in ours if not isabstract(cls))
+    where = key if key.startswith(("data", "model.weighting")) else f"model.weighting….{key}"
+    return f"--{where} {name!r} is none of {', '.join(names)}; write a class of your own as file.Class"
+
+
+def _holds_weightings(key: str) -> bool:
+    """Whether a key is that of a weighting within another: jsonargparse then gives its last part alone."""
+    known: list[type] = [*weightings()]
+    held = [field for cls in known if is_dataclass(cls) for field in fields(cls)]
+    return any(field.name == key.rpartition(".")[2] and "TokenWeighting" in str(field.type) for field in held)
 
 
 def _subclasses(base: type) -> list[type]:
@@ -198,6 +211,17 @@ class CommandLine(LightningCLI):
     _step = 0
 
 
+class InsteadOfTraining(CommandLine):
+    """Reads the options of `dft fit`, and does something else in its place: no checkpoint, and no trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """No checkpoint is looked for."""
+
+    def instantiate_trainer(self, **_: Any) -> pl.Trainer:
+        """None: a trainer would ask for the accelerator that it names."""
+        return cast(pl.Trainer, None)
+
+
 def _root(error: BaseException) -> BaseException:
     """Where a chain of errors began: jsonargparse wraps a constructor's error in some of its own."""
     while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
@@ -209,6 +233,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
+    load_plugins()
     try:
         command_line(
             FineTuner,

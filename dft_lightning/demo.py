@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from dft_lightning.callbacks.token_probabilities import Tally
+from dft_lightning.callbacks.looks.tally import Tally
 from dft_lightning.cli import CommandLine, run
 from dft_lightning.data import PracticeDataModule
 from dft_lightning.errors import UserError

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from dft_lightning.normalizer import at_least_something
+
 if TYPE_CHECKING:
     from dft_lightning.weighting import TokenStats
 
 _NAMES = ("objective", "units", "nll", "tokens", "weight", "weight_squared", "p", "top1")
 
 
-def token_sums(loss: Tensor, units: int, tokens: "TokenStats") -> Tensor:
+def token_sums(loss: Tensor, units: int | Tensor, tokens: "TokenStats") -> Tensor:
     """Sums of one micro-batch, (8,) in float64, in the order of `_NAMES`.
 
     Args:
@@ -22,12 +24,13 @@ def token_sums(loss: Tensor, units: int, tokens: "TokenStats") -> Tensor:
     """
     weight = tokens.need("weight").double()
     right = (tokens.rank == 0).sum() if tokens.rank is not None else torch.zeros_like(loss)
-    known = torch.tensor([units, len(tokens)], dtype=torch.float64).to(loss.device, non_blocking=True)
+    on_host = [len(tokens), 0 if isinstance(units, Tensor) else units]
+    known = torch.tensor(on_host, dtype=torch.float64).to(loss.device, non_blocking=True)
     values = [
         loss.detach(),
-        known[0],
+        units if isinstance(units, Tensor) else known[1],
         -tokens.logp.sum(dtype=torch.float64),
-        known[1],
+        known[0],
         weight.sum(),
         weight.square().sum(),
         tokens.p.sum(dtype=torch.float64),
@@ -45,7 +48,7 @@ def token_means(sums: Tensor) -> dict[str, Tensor]:
     sum_of = dict(zip(_NAMES, sums, strict=True))
     count = sum_of["tokens"].clamp(min=1)
     return {
-        "objective": sum_of["objective"] / sum_of["units"].clamp(min=1),
+        "objective": sum_of["objective"] / at_least_something(sum_of["units"]),
         "nll": sum_of["nll"] / count,
         "p_mean": sum_of["p"] / count,
         "top1": sum_of["top1"] / count,

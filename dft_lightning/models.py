@@ -3,7 +3,7 @@
 Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from dft_lightning import embedded, varlen
 from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
-from dft_lightning.logprob import LogitTransform, weighted_nll
+from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ class WeightedLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.observer: Callable[[Batch, Tensor, Tensor, LogitTransform], None] | None = None
+        """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
         self._transform = _logit_transform(self.base.config)
         self._check_head()
 
@@ -176,31 +178,45 @@ class WeightedLM(nn.Module):
         *,
         factor: Tensor | None = None,
         progress: float = 0.0,
-        wanted: Iterable[str] = (),
+        wanted: Collection[str] = (),
         ref_logp: Tensor | None = None,
+        old_logp: Tensor | None = None,
         weight: Tensor | None = None,
         chunk_rows: int | None = None,
         logits: torch.dtype | None = None,
+        reference: ReferenceHead | None = None,
     ) -> tuple[Tensor, TokenStats]:
-        """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`."""
+        """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`.
+
+        `wanted` may name "stop" and "data_weight", too, which come from the batch.
+        """
         head = self.base.get_output_embeddings()
-        brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp}
+        brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
+        asked = weighting.needs | set(wanted)
+        brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
+        hidden = self.hidden(batch)
+        if self.observer is not None:
+            self.observer(batch, hidden.detach(), head.weight, self._transform_of(head))
         return weighted_nll(
-            self.hidden(batch),
+            hidden,
             head.weight,
             batch.target,
             weighting,
             sequence=batch.sequence,
             factor=factor,
-            transform=LogitTransform(head.bias, self._transform.scale, self._transform.softcap),
+            transform=self._transform_of(head),
             progress=progress,
             wanted=wanted,
             weight=weight,
             chunk_rows=chunk_rows,
             lengths=batch.counts,
             logits=logits,
+            reference=reference,
             **{name: value for name, value in brought.items() if value is not None},
         )
+
+    def _transform_of(self, head: nn.Linear) -> LogitTransform:
+        return LogitTransform(head.bias, self._transform.scale, self._transform.softcap)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states (N, H) at the positions whose next token is supervised."""
@@ -216,12 +232,24 @@ class WeightedLM(nn.Module):
         Args:
             head_options: `chunk_rows` and `logits` of `forward`.
         """
-        off = nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter()
+        with self._evaluating(adapter):
+            return self.forward(batch, Uniform(), **head_options)[1].logp
+
+    @torch.no_grad()
+    def reference(self, batch: Batch) -> ReferenceHead:
+        """What gives the distributions at the supervised positions, in evaluation mode and without the adapter."""
+        head = self.base.get_output_embeddings()
+        with self._evaluating(adapter=False):
+            return ReferenceHead(self.hidden(batch), head.weight, self._transform_of(head))
+
+    @contextmanager
+    def _evaluating(self, adapter: bool) -> Iterator[None]:
+        """Evaluation mode for a while; without the adapter if asked."""
         training = self.training
         self.eval()
         try:
-            with off:
-                return self.forward(batch, Uniform(), **head_options)[1].logp
+            with nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
+                yield
         finally:
             self.train(training)
 
@@ -264,7 +292,6 @@ def _splits(network: WeightedLM, head: nn.Linear) -> bool:
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
     states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    transform = LogitTransform(head.bias, network._transform.scale, network._transform.softcap)
-    ours = transform.forward_((states @ head.weight.T).to(wide))
+    ours = network._transform_of(head).forward_((states @ head.weight.T).to(wide))
     network.train(training)
     return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))

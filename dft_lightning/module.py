@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,15 +13,17 @@ from torch import Tensor
 
 from dft_lightning import resume
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
+from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
+from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
 from dft_lightning.recomputation import Recomputation, recompute
+from dft_lightning.refusals import refuse, refuse_fused_scaling
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
-from dft_lightning.weighting.proof import prove
 from dft_lightning.weighting.spec import from_spec, to_spec
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ class FineTuner(WeightedModule):
             matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
         compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
-        reference: where the reference log-probabilities of a weighting come from: a cache on disk, computed once from
-            the initial model, or the model with its adapter off. auto takes the adapter where there is one.
+        reference: what a weighting compares with, the initial model: a cache on disk of its log-probabilities, computed
+            once; the model with its adapter off; or a frozen copy in memory. auto takes the adapter where there is one,
+            else the cache, or the copy where distributions over the vocabulary are wanted.
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
@@ -96,20 +98,23 @@ class FineTuner(WeightedModule):
         self.tokenizer_name, self.reference = tokenizer_name, reference
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.chunk_rows, self.logits = chunk_rows, logits
-        self.step = StepInTheMaking(normalize, max_skipped_steps)
+        self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
+        window = window_of(self.weighting)
+        self.old_policy = OldPolicy(window) if window else None
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
         self._layers_ready = False
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
         self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
-        _refuse(self)
+        refuse(self)
 
     def setup(self, stage: str) -> None:
-        """Compiled layers want batches of one shape, before any is made."""
+        """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_data_weights(self.weighting, data, stage)
         if stage == "fit" and self.compile_layers:
             refuse_changing_shapes(data)
         if stage == "fit" and hasattr(data, "fixed_shape"):
@@ -118,6 +123,8 @@ class FineTuner(WeightedModule):
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """One micro-batch: its loss is a sum, divided in `on_before_optimizer_step`."""
         step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        if self.old_policy is not None and number == 0 and self.old_policy.is_due(self.trainer.global_step):
+            self._begin_window(self.old_policy, step)
         if self.weighting.scope == "step" and number == 0:
             self._known = self._weights_of_step(step)
         self._seed(number)
@@ -145,6 +152,17 @@ class FineTuner(WeightedModule):
             self._seed(number)
             parts.append(self._unweighted(self._moved(batch)))
         return self._weigh_together(parts)
+
+    def _begin_window(self, old: OldPolicy, step: int) -> None:
+        """Have the policy, as it is now, look at what the window's steps will train on."""
+        data, now = cast("ChatDataModule", self.trainer.datamodule), self.trainer.global_step  # type: ignore[attr-defined]
+        last = min(now - now % old.window + old.window, self.total_steps)
+        steps = [divmod(step + further, data.sampler().steps) for further in range(last - now)]
+        batches = (
+            batch for epochs, number in steps for batch in data.step(self.trainer.current_epoch + epochs, number)
+        )
+        found = ((batch, self._network.logp(self._moved(batch), **self._head_options)) for batch in batches)
+        old.begin(now, found, self.trainer.world_size)
 
     @property
     def seed(self) -> int:
@@ -199,7 +217,8 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
-        if self.weighting.scope == "step" and not hasattr(data, "step"):
+        ahead = self.weighting.scope == "step" or self.old_policy is not None
+        if ahead and not hasattr(data, "step"):
             raise UserError(
                 f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
             )
@@ -242,7 +261,7 @@ class FineTuner(WeightedModule):
         if self._resumed is not None:
             then, now = self._resumed["optimizer"], type(optimizer).__qualname__
             resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
-        _refuse_fused_scaling(self.trainer, optimizer)
+        refuse_fused_scaling(self.trainer, optimizer)
         total = self.total_steps
         scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
         self._settings = settings(optimizer)
@@ -252,6 +271,8 @@ class FineTuner(WeightedModule):
         """Keep what makes this run what it is."""
         if self.trainer.optimizers:
             checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
+            if self.old_policy is not None:
+                checkpoint[resume.CHECKPOINT_KEY]["old_policy"] = self.old_policy.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on as another run; see `allow_changes`."""
@@ -265,36 +286,10 @@ class FineTuner(WeightedModule):
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
         self.step.skipped.load(facts["skipped"])
+        if self.old_policy is not None and "old_policy" in facts:
+            self.old_policy.load(facts["old_policy"])
         self._resumed = facts
 
 
 def _revived(value: Any, build: Callable[[Mapping[str, Any]], Any]) -> Any:
     return build(value) if isinstance(value, Mapping) else value
-
-
-def _refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """Lightning leaves unscaling to such an optimizer, so that its gradients would be clipped as they are scaled."""
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise UserError(
-            f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
-            "late for clipping and logging: set fused to false, or take bf16"
-        )
-
-
-def _refuse(module: FineTuner) -> None:
-    """What would be ignored or computed wrongly is refused before anything is loaded."""
-    name = type(module.weighting).__name__
-    try:
-        prove(module.weighting)
-    except ValueError as error:
-        raise UserError(f"weighting refused: {error}") from error
-    if unknown := set(module.weighting.needs) & {"old_logp", "reward", "data_weight"}:
-        raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
-    if module.reference == "adapter_off" and module.lora is None:
-        raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
-    for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"model.{option} is {value}; expected 1 or more")
-    if not 0.0 <= module.warmup_ratio < 1.0:
-        raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")

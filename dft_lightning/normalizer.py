@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
+    from dft_lightning.weighting.base import Divisor
 
 Normalize = Literal["tokens", "sequences", "micro_batch"]
 """By what a step's loss is divided.
@@ -34,10 +35,25 @@ def token_factor(normalize: Normalize, batch: "Batch") -> Tensor | None:
     return 1.0 / each[batch.sequence]
 
 
-def units(normalize: Normalize, batch: "Batch") -> int:
-    """How many units a micro-batch adds to the divisor: its tokens, its sequences that have any, or itself."""
+def units(normalize: Normalize, batch: "Batch", divisor: "Divisor", weight: Tensor) -> int | Tensor:
+    """How many units a micro-batch adds to the divisor: its tokens, its sequences that have any, or itself.
+
+    Where the weighting has a divisor of its own, tokens count by their weight, or only if it is not zero: Σ n_t·w_t or
+    Σ n_t·1[w_t ≠ 0], (), in place of Σ n_t.
+
+    Args:
+        weight: (N,) of the micro-batch's tokens.
+    """
+    if divisor != "tokens":
+        factor, counted = token_factor(normalize, batch), (weight if divisor == "weights" else weight != 0.0).double()
+        return counted.sum() if factor is None else (counted * factor).sum()
     with_tokens = sum(count > 0 for count in batch.counts)
     return {"tokens": sum(batch.counts), "sequences": with_tokens, "micro_batch": min(with_tokens, 1)}[normalize]
+
+
+def at_least_something(units: Tensor) -> Tensor:
+    """The divisor, or 1 where a step has nothing to divide by: its gradient is zero then."""
+    return torch.where(units == 0.0, 1.0, units)
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:

@@ -62,12 +62,10 @@ class RowValues:
 
 
 def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: Iterable[str]) -> None:
-    """Give the data module the reference log-probabilities of what this run uses of `stages`, computed where missing.
+    """Give the data module the cached log-probabilities of what this run uses of `stages`, computed where missing.
 
     Where the live model is no longer the initial one, that is loaded beside it.
     """
-    if "ref_logp" not in module.weighting.needs or module.adapter_is_reference:
-        return
     network = module.network
     assert network is not None
     if not module.is_initial:
@@ -79,6 +77,14 @@ def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: 
         rows = data.rows_used(stage)
         if rows is not None:
             data.reference[stage] = _cached(module, data, network, weights, rows)
+
+
+def initial_copy(module: "WeightedModule") -> WeightedLM:
+    """The initial model once more, frozen: for a reference whose distributions over the vocabulary are wanted."""
+    rank_zero_info("Loading the initial model a second time, frozen, as the reference")
+    network = WeightedLM(module.initial_model().to(module.device)).requires_grad_(False).eval()
+    module.set_reference(fingerprint(network))
+    return network
 
 
 def fingerprint(network: nn.Module) -> str:

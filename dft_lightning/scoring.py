@@ -14,19 +14,22 @@ from torch import Tensor
 
 from dft_lightning import resume
 from dft_lightning.errors import UserError
+from dft_lightning.logprob import ReferenceHead
 from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
-from dft_lightning.reference import prepare_reference
+from dft_lightning.old_policy import OldPolicy
+from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.step_weights import by_row, weigh_together
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting.base import REF_DISTRIBUTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dft_lightning.data.batch import Batch
 
-Reference = Literal["auto", "cache", "adapter_off"]
+Reference = Literal["auto", "cache", "adapter_off", "copy"]
 
 
 def refuse_logits(logits: str, dtype: torch.dtype, precision: str) -> None:
@@ -71,8 +74,11 @@ class WeightedModule(pl.LightningModule):
         """What may differ from the checkpoint that a run goes on from: see `resume.Change`."""
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
+        self.old_policy: OldPolicy | None = None
+        """Where the weighting compares with the policy of some steps ago."""
+        self._initial: list[WeightedLM] = []  # a frozen copy of the initial model: no part of this module's state
         self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
-        self._validated: list[tuple[TokenStats, Tensor | None, int]] = []
+        self._validated: list[tuple[TokenStats, Batch]] = []
 
     @property
     def model(self) -> Any:
@@ -95,9 +101,14 @@ class WeightedModule(pl.LightningModule):
         return load_tokenizer(source, self.chat_template)
 
     @property
-    def adapter_is_reference(self) -> bool:
-        """Whether the model with its adapter off serves as the reference."""
-        return "ref_logp" in self.weighting.needs and self.lora is not None and self.reference != "cache"
+    def reference_in_force(self) -> Reference | None:
+        """Where the reference comes from; None where the weighting needs none."""
+        needed = {"ref_logp", REF_DISTRIBUTION} & self.weighting.needs
+        if not needed or self.reference != "auto":
+            return self.reference if needed else None
+        if self.lora is not None:
+            return "adapter_off"
+        return "copy" if REF_DISTRIBUTION in needed else "cache"
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -146,6 +157,8 @@ class WeightedModule(pl.LightningModule):
             progress=self.progress,
             wanted=wanted,
             ref_logp=self._ref_logp(batch),
+            old_logp=self._old_logp(batch),
+            reference=self._reference(batch),
             weight=weight,
             **self._head_options,
         )
@@ -174,6 +187,7 @@ class WeightedModule(pl.LightningModule):
             progress=self.progress,
             wanted=wanted | self.weighting.needs,
             ref_logp=self._ref_logp(batch),
+            old_logp=self._old_logp(batch),
             **self._head_options,
         )
         return by_row(replace(tokens, weight=None), batch)
@@ -184,9 +198,25 @@ class WeightedModule(pl.LightningModule):
     def _ref_logp(self, batch: "Batch") -> Tensor | None:
         if "ref_logp" not in self.weighting.needs:
             return None
-        if not self.adapter_is_reference:
+        if self.reference_in_force == "cache":
             return batch.ref_logp
-        return self._network.logp(batch, adapter=False, **self._head_options)
+        return self._reference_network.logp(batch, adapter=False, **self._head_options)
+
+    def _reference(self, batch: "Batch") -> ReferenceHead | None:
+        """What gives the reference's distributions, where the weighting wants them."""
+        return self._reference_network.reference(batch) if REF_DISTRIBUTION in self.weighting.needs else None
+
+    @property
+    def _reference_network(self) -> WeightedLM:
+        return self._network if self.reference_in_force == "adapter_off" else self._initial[0]
+
+    def _old_logp(self, batch: "Batch") -> Tensor | None:
+        """Under the old policy, (N,), where the weighting needs it; outside of training the policy is its own."""
+        if "old_logp" not in self.weighting.needs:
+            return None
+        if self.training and self.old_policy is not None:
+            return self.old_policy.of(batch)
+        return self._network.logp(batch, **self._head_options)
 
     def _record(self, stage: str, values: Mapping[str, Tensor], step: int | None, on_bar: set[str]) -> None:
         """Values for callbacks and the progress bar; and, at `step`, for the loggers: optimizer steps done by then."""
@@ -220,17 +250,22 @@ class WeightedModule(pl.LightningModule):
 
     def _prepare_reference(self, stages: list[str]) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
+        if self.reference_in_force == "copy" and not self._initial:
+            self._initial.append(initial_copy(self))
+        elif data is not None and self.reference_in_force == "cache":
             prepare_reference(self, data, stages)
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Add a batch to the means over the whole validation set."""
         if self.weighting.scope == "step":  # the set is the step
-            tokens, factor = self._unweighted(batch, frozenset({"rank"})), token_factor(self.normalize, batch)
-            self._validated.append((tokens, factor, units(self.normalize, batch)))
+            self._validated.append((self._unweighted(batch, frozenset({"rank"})), batch))
             return
         loss, tokens = self.score(batch, frozenset({"rank"}))
-        self.means.update(token_sums(loss, units(self.normalize, batch), tokens))
+        self._add_to_means(loss, tokens, batch)
+
+    def _add_to_means(self, loss: Tensor, tokens: TokenStats, batch: "Batch") -> None:
+        count = units(self.normalize, batch, self.weighting.divisor, tokens.need("weight"))
+        self.means.update(token_sums(loss, count, tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
@@ -246,10 +281,11 @@ class WeightedModule(pl.LightningModule):
 
     def _log_means(self, stage: str) -> None:
         held, self._validated = self._validated, []
-        weights = self._weigh_together([tokens for tokens, *_ in held]) if held else []
-        for (tokens, factor, count), weight in zip(held, weights, strict=True):
+        weights = self._weigh_together([tokens for tokens, _ in held]) if held else []
+        for (tokens, batch), weight in zip(held, weights, strict=True):
+            factor = token_factor(self.normalize, batch)
             objective = -(weight * tokens.logp * (1.0 if factor is None else factor)).sum()
-            self.means.update(token_sums(objective, count, replace(tokens, weight=weight)))
+            self._add_to_means(objective, replace(tokens, weight=weight), batch)
         self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from dft_lightning.metrics import token_means, token_sums, units_of
 from dft_lightning.nonfinite import SkippedSteps
-from dft_lightning.normalizer import Normalize, scale_gradients, units
+from dft_lightning.normalizer import Normalize, at_least_something, scale_gradients, units
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from dft_lightning.data.batch import Batch
     from dft_lightning.weighting import TokenStats
+    from dft_lightning.weighting.base import Divisor
 
 
 class StepInTheMaking:
@@ -23,11 +24,12 @@ class StepInTheMaking:
 
     Args:
         normalize: by what the step is divided.
+        divisor: that of the weighting.
         max_skipped: so many steps in a row without a finite loss and gradient are too many.
     """
 
-    def __init__(self, normalize: Normalize, max_skipped: int) -> None:
-        self.normalize, self.skipped = normalize, SkippedSteps(max_skipped)
+    def __init__(self, normalize: Normalize, divisor: "Divisor", max_skipped: int) -> None:
+        self.normalize, self.divisor, self.skipped = normalize, divisor, SkippedSteps(max_skipped)
         self._sums: Tensor | None = None
         self._norm = torch.zeros(())
         self.wishes: dict[str, Callable[[], bool]] = {}
@@ -37,7 +39,7 @@ class StepInTheMaking:
     def add(self, loss: Tensor, batch: "Batch", tokens: "TokenStats") -> None:
         """Count a micro-batch."""
         self.skipped.see(batch, tokens)
-        sums = token_sums(loss, units(self.normalize, batch), tokens)
+        sums = token_sums(loss, units(self.normalize, batch, self.divisor, tokens.need("weight")), tokens)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def normalise(self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter]) -> None:
@@ -50,7 +52,7 @@ class StepInTheMaking:
         mine = torch.cat([self._sums, wishes.to(self._sums.device, non_blocking=True)])
         together = cast(Tensor, trainer.strategy.reduce(mine, reduce_op="sum"))
         self._sums, self._wishes = together.tensor_split([len(self._sums)])
-        factor = trainer.world_size * trainer.accumulate_grad_batches / units_of(self._sums).clamp(min=1)
+        factor = trainer.world_size * trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))
         scale_gradients(list(parameters), factor)
 
     def clip(

@@ -29,7 +29,25 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+from dft_lightning.old_policy import nested
+from dft_lightning.weighting import (
+    ASFT,
+    DFT,
+    PSFT,
+    Bounded,
+    DataWeighted,
+    Exempt,
+    ImportanceWeighted,
+    InfoSFT,
+    Mixed,
+    Raised,
+    Renormalized,
+    TokenStats,
+    TokenWeighting,
+    Uniform,
+    WarmUp,
+)
+from dft_lightning.weighting.catalogue import entries
 
 GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 2**0.5
 HALVES = ("bf16-mixed", "bf16-true")
@@ -56,6 +74,7 @@ class Median(TokenWeighting):
         return tokens.p / tokens.p.median() * torch.exp(tokens.need("entropy") - tokens.need("entropy").max())
 
 
+#: In half precision, too; `plain` computes these.
 WEIGHTINGS: list[TokenWeighting] = [
     Uniform(),
     DFT(),
@@ -64,8 +83,24 @@ WEIGHTINGS: list[TokenWeighting] = [
     ImportanceWeighted(level="token"),
     Sentence(),
     Median(),
+    Exempt(Mixed(Renormalized(DFT()), share=0.5, final_share=0.1)),
+    DataWeighted(WarmUp(Raised(Bounded(DFT(), 0.1, 0.9), power=0.5), Sentence(), share=0.5, ramp=True)),
 ]
-QUICK = [DFT(), ImportanceWeighted(), Median()]
+#: For fields without a default.
+_CHOSEN: dict[str, dict[str, Any]] = {
+    "MixCE": {"eta": 0.3},
+    "Power": {"alpha": 2.0},
+    "Thresholded": {"threshold": 0.011},
+    "PSFT": {"window": 2},
+}
+#: All others of the package as they are by default.
+OTHERS: list[TokenWeighting] = [
+    entry.cls(**_CHOSEN.get(entry.name, {}))
+    for entry in entries()
+    if entry.cls not in {type(part) for known in WEIGHTINGS for part in nested(known)}
+]
+QUICK: list[TokenWeighting] = [DFT(), ImportanceWeighted(), Median(), WEIGHTINGS[-2]]
+QUICK_OTHERS: list[TokenWeighting] = [ASFT(), PSFT(window=2), InfoSFT()]
 
 
 @dataclass(frozen=True)
@@ -76,6 +111,11 @@ class Geometry:
     data: dict[str, Any] = field(hash=False)
     chunk_rows: int | None = None
     ranks: int = 1
+
+
+def of_both(quick: bool) -> list[TokenWeighting]:
+    """Those that are compared in float32."""
+    return QUICK + QUICK_OTHERS if quick else WEIGHTINGS + OTHERS
 
 
 WHOLE = Geometry("(8, 1)", {"micro_batch_size": 8})
@@ -108,6 +148,11 @@ class Watched(FineTuner):
         super().configure_gradient_clipping(*args, **options)
 
 
+def reading(folder: Path, weighting: TokenWeighting) -> dict[str, Any]:
+    """What the data module has to know: the column of weights only where there is a use for it."""
+    return {"cache_dir": str(folder / "cache")} | ({"weight": "worth"} if "data_weight" in weighting.needs else {})
+
+
 def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: Any) -> dict[str, Any]:
     """Gradients before and after clipping of every step, and what was logged."""
     module, recorder, trainer = fit(
@@ -115,7 +160,7 @@ def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: An
         folder / "rows.jsonl",
         weighting,
         module={"chunk_rows": shape.chunk_rows},
-        data=shape.data | {"val_path": str(folder / "val.jsonl"), "cache_dir": str(folder / "cache")},
+        data=shape.data | {"val_path": str(folder / "val.jsonl")} | reading(folder, weighting),
         kind=Watched,
         gradient_clip_val=CLIP,
         devices=shape.ranks,
@@ -149,7 +194,7 @@ def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -
     """The gradient of the first step by all logits and one backward a micro-batch; "exact" is float32."""
     data = NuminaMathDataModule(
         str(folder / "rows.jsonl"), global_batch_size=8, micro_batch_size=micro, max_length=200,
-        cache_dir=str(folder / "cache"),
+        **reading(folder, weighting),
     )  # fmt: skip
     data.tokenizer = FineTuner(str(folder / "model"), weighting).tokenizer
     data.prepare_data()
@@ -169,7 +214,8 @@ def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -
         chosen = full.gather(1, batch.target[:, None])[:, 0].detach()
         entropy = -(full.exp() * full).sum(1).detach()
         return TokenStats(logp=chosen, target=batch.target, sequence=batch.row[batch.sequence], entropy=entropy,
-                          position=batch.position, ref_logp=chosen)  # fmt: skip
+                          position=batch.position, ref_logp=chosen, stop=batch.stop,
+                          data_weight=batch.data_weight)  # fmt: skip
 
     with torch.no_grad():
         tokens = [stats(*logp(batch)) for batch in batches]
@@ -204,13 +250,13 @@ def prepare(folder: Path) -> None:
     """The tiny model and the rows that all runs share."""
     tiny_model().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    write_jsonl(folder / "rows.jsonl", sums(25))
-    write_jsonl(folder / "val.jsonl", sums(7, seed=5))
+    for name, rows in (("rows", sums(25)), ("val", sums(7, seed=5))):
+        write_jsonl(folder / f"{name}.jsonl", [row | {"worth": number % 4} for number, row in enumerate(rows)])
 
 
 def table(quick: bool) -> list[tuple[str, ...]]:
     """Weighting, geometry, three differences and the verdict, a row each."""
-    weightings, rows = QUICK if quick else WEIGHTINGS, []
+    weightings, rows = of_both(quick), []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         prepare(folder)
@@ -227,7 +273,7 @@ def table(quick: bool) -> list[tuple[str, ...]]:
                 verdict = "ok" if fine else "OUT OF BOUNDS"
                 found = (f"{before:.1e}", f"{after:.1e}", f"{logged:.1e}")
                 rows.append((repr(weighting), shape.name, *found, verdict))
-        rows += half(folder, weightings, quick)
+        rows += half(folder, QUICK if quick else WEIGHTINGS, quick)
     return rows
 
 
@@ -250,9 +296,10 @@ def two_ranks(folder: Path, quick: bool) -> None:
 
 def rank(folder: Path, quick: bool) -> None:
     """What each of the two processes does."""
-    for weighting in QUICK if quick else WEIGHTINGS:
+    for weighting in of_both(quick):
         exact = [(shape, {}, "") for shape in GEOMETRIES if shape.ranks > 1]
         halves = [(shape, {"precision": p, "max_steps": 1}, f" {p}") for shape in IN_HALF for p in HALVES]
+        halves = [] if weighting in OTHERS + QUICK_OTHERS else halves
         for shape, more, suffix in exact + halves:
             found = outcome(folder, weighting, shape, **more)
             if os.environ["RANK"] == "0":

@@ -353,7 +353,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "patterns"),
         [
-            (["--model.weighting", "Nope"], ["'Nope' is none of DFT, ImportanceWeighted, Uniform"]),
+            (["--model.weighting", "Nope"], ["'Nope' is none of ASFT, Bounded, CADFT, ", " Uniform"]),
             (["--model.weighting", "DFT", "--model.weighting.floor", "lots"], ["floor", "lots"]),
             (
                 ["--model.weighting", "DFT", "--model.weighting.floor", "7"],

@@ -27,6 +27,8 @@ class Batch:
         counts: how many supervised tokens each sequence has.
         lengths: how many tokens each sequence has.
         ref_logp: (N,) at least float32, log-probability under the reference, or None.
+        stop: (N,) bool, whether the token ends an assistant turn.
+        data_weight: (N,) float32, the weight that the data give the token, 1 where they say nothing.
         position_ids: (B, T) place of each token in its document, where rows are packed; else None.
         cu_seqlens: (D+1,) int32, where each document begins in the B·T positions, and their end; with position_ids.
         longest: tokens of the longest document; with position_ids.
@@ -46,6 +48,8 @@ class Batch:
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         longest: int = 0,
+        stop: Tensor | None = None,
+        data_weight: Tensor | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.supervised = supervised
@@ -59,6 +63,8 @@ class Batch:
         self.position_ids = position_ids
         self.cu_seqlens = cu_seqlens
         self.longest = longest
+        self.stop = stop
+        self.data_weight = data_weight
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -121,19 +127,23 @@ class Collator:
         self.packed, self.width = packed, width
 
     def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
-        """Rows of sequences with `row`, `input_ids` (T_i,) and `supervised` (T_i,), the latter not shifted yet."""
+        """Rows of sequences with `row`, `input_ids` (T_i,), `supervised`, `stop` and `weight` (T_i,), not shifted yet.
+
+        Without `stop` no token of a sequence ends a turn, and without `weight` each has the weight 1.
+        """
         lengths = [[len(sequence["input_ids"]) for sequence in row] for row in rows]
         longest = max((sum(row) for row in lengths), default=1)
         width = self.width if self.width is not None and (rows or self.fixed) else longest
         height = max(len(rows), 1) if self.fixed is None else self.fixed[0]
         ids = np.full((height, width), self.pad_id, dtype=np.int64)  # no rows: one padded position, if none is fixed
-        flat, target, number, position = [], [], [], []
+        flat, places, target, number, position = [], [], [], [], []
         sequences = [sequence for row in rows for sequence in row]
         for index, (sequence, start) in enumerate(zip(sequences, _starts(lengths, width), strict=True)):
             tokens = np.asarray(sequence["input_ids"])
             ids.reshape(-1)[start : start + len(tokens)] = tokens
             before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])  # the position before each supervised token
             flat.append(start + before)
+            places.append(before + 1)
             target.append(tokens[before + 1])
             number.append(np.full(len(before), index))
             position.append(np.arange(len(before)))
@@ -147,6 +157,8 @@ class Collator:
             counts=list(map(len, target)),
             lengths=[size for row in lengths for size in row],
             ref_logp=self._reference(sequences),
+            stop=_marks(sequences, places, "stop", np.False_),
+            data_weight=_marks(sequences, places, "weight", np.float32(1)),
             **(_borders(lengths, ids.shape, self.fixed and self.fixed[1]) if self.packed else {}),
         )
 
@@ -155,6 +167,13 @@ class Collator:
             return None
         parts = [known[sequence["row"]] for sequence in sequences]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
+
+
+def _marks(sequences: Sequence[Mapping[str, Any]], places: list["np.ndarray"], name: str, default: Any) -> Tensor:
+    """What each sequence has by `name` at its places, (N,) in the type of `default`: that is where it has nothing."""
+    dtype, pairs = default.dtype, zip(sequences, places, strict=True)
+    parts = [np.asarray(s[name], dtype)[at] if name in s else np.full(len(at), default) for s, at in pairs]
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))
 
 
 def _starts(lengths: list[list[int]], width: int) -> list[int]:

@@ -38,6 +38,9 @@ class ChatDataModule(pl.LightningDataModule):
         messages: column that holds the list of messages.
         prompt: column of the user's text, in place of messages.
         completion: column of the assistant's text, with prompt.
+        weight: column of the row's weight, a number, or of a list with one for each supervised token; for a weighting
+            such as DataWeighted.
+        message_weights: the key weight of an assistant message is its weight; false to pass over such keys.
         system_prompt: put before chats that have no system message.
         end_of_response: how the last answer ends: with the template's own stop token, or with the tokenizer's eos.
         template_kwargs: further arguments of the chat template.
@@ -75,6 +78,8 @@ class ChatDataModule(pl.LightningDataModule):
         messages: str | None = "messages",
         prompt: str | None = None,
         completion: str | None = None,
+        weight: str | None = None,
+        message_weights: bool = True,
         system_prompt: str | None = None,
         end_of_response: Literal["template", "eos"] = "template",
         template_kwargs: dict[str, Any] | None = None,
@@ -102,7 +107,7 @@ class ChatDataModule(pl.LightningDataModule):
             **{key: value for key, value in locals().items() if key not in {"self", "__class__"}}
         )
         super().__init__()
-        self.columns = Columns(messages, prompt, completion)
+        self.columns = Columns(messages, prompt, completion, weight)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """Set this to use the module without a trainer; in a trainer it is the model's."""
         self.train_rows: TokenizedRows | None = None

@@ -53,6 +53,7 @@ class Rendered:
 
     input_ids: list[int]  # (T,)
     supervised: list[bool]  # (T,) whether token i is itself a target
+    ends: list[int]  # where the stop token of each assistant turn is, in the order of the turns
 
 
 class _Segment(NamedTuple):  # a stretch that is tokenised by itself
@@ -179,6 +180,8 @@ class ChatRenderer:
             order = [int(index) for index in parts[1::2]]
             if sorted(order) != list(range(len(roles))):
                 raise UnusableRow("the chat template drops or repeats a message", ", ".join(roles))
+            if (answers := [index for index in order if roles[index] == "assistant"]) != sorted(answers):
+                raise UnusableRow("the chat template changes the order of the answers", ", ".join(roles))
             self._scaffolds[roles] = parts[::2], order
         return self._scaffolds[roles]
 
@@ -226,11 +229,12 @@ class ChatRenderer:
         return iter(ids)
 
     def _join(self, segments: Sequence[_Segment], ids: Iterator[list[int]]) -> Rendered:
-        rendered = Rendered([], [])
+        rendered = Rendered([], [], [])
         for segment in segments:
             tokens = next(ids) + ([self._ids[segment.stop]] if segment.stop else [])
             rendered.input_ids.extend(tokens)
             rendered.supervised.extend([bool(segment.stop)] * len(tokens))
+            rendered.ends.extend([len(rendered.input_ids) - 1] if segment.stop else [])
         return rendered
 
     def _encode(self, texts: list[str], parsed: bool) -> list[list[int]]:

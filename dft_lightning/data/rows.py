@@ -86,6 +86,7 @@ class StageRows:
             cache_dir=Path(options.cache_dir or default_cache_dir()) / "tokens",
             workers=options.tokenize_workers,
             max_unusable_share=options.max_unusable_share,
+            message_weights=options.message_weights,
         )
 
 

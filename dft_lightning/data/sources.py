@@ -38,7 +38,7 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row hold its conversation: `messages`, or `prompt` and `completion` in its place."""
+    """Which columns of a row hold its conversation: `messages`, or `prompt` and `completion`; its weight."""
 
     messages: str | None = "messages"
     """A list of {role, content}, or ShareGPT's {from, value}."""
@@ -46,6 +46,8 @@ class Columns:
     """What the user says: a text, or the list of messages that the completion answers."""
     completion: str | None = None
     """The assistant's answer to the prompt."""
+    weight: str | None = None
+    """How much the row counts, or each of its supervised tokens: see `data/weights.py`."""
 
     def __post_init__(self) -> None:
         pair = (self.prompt, self.completion)
@@ -56,7 +58,13 @@ class Columns:
 
     @property
     def wanted(self) -> list[str]:
+        """The columns of the conversation."""
         return [name for name in (self.messages, self.prompt, self.completion) if name]
+
+    @property
+    def read(self) -> list[str]:
+        """All of them."""
+        return [*self.wanted, *([self.weight] if self.weight is not None else [])]
 
 
 def load_rows(

@@ -35,11 +35,16 @@ class Report:
     """Rows by reason."""
     examples: dict[str, list[str]]
     """Up to three rows of each reason: where they are, and what is wrong there."""
+    weighted: int = 0
+    """Rows that have weights of their own."""
+    unequal: bool = False
+    """Whether any of these weights is not 1."""
 
     def __str__(self) -> str:
         parts = [f"{self.used} of {self.rows} rows used"]
         parts += [f"{self.truncated} truncated"] if self.truncated else []
         parts += [f"{self.dropped} dropped as {TOO_LONG}"] if self.dropped else []
+        parts += [f"{self.weighted} with weights of their own"] if self.weighted else []
         parts += [f"{count} unusable: {why} ({'; '.join(self.examples[why])})" for why, count in self.unusable.items()]
         return ", ".join(parts)
 
@@ -64,16 +69,30 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`row` (index in the source), `input_ids` (T,) int64, `supervised` (T,) bool, `source` ("" if it has none)."""
+        """A row in T tokens.
+
+        `row` (index in the source), `input_ids` (T,) int64, `supervised` (T,) bool, `stop` (T,) bool: which tokens end
+        an assistant turn, `weight` (T,) float32: 1 where the data say nothing, and `source` ("" if it has none).
+        """
         row = int(self._rows[index])
         ids, supervised = self._store.tokens(row)
-        source = self._store.source(row)
-        return {"row": row, "input_ids": ids.astype(np.int64), "supervised": supervised, "source": source}
+        ends, weights = self._store.marks(row)
+        stop, weight = np.zeros(len(ids), dtype=np.bool_), np.ones(len(ids), dtype=np.float32)
+        stop[ends] = True
+        if len(weights):
+            weight[supervised] = weights
+        marks = {"stop": stop, "weight": weight, "source": self._store.source(row)}
+        return {"row": row, "input_ids": ids.astype(np.int64), "supervised": supervised, **marks}
 
     def select(self, indices: Indices) -> TokenizedRows:
         """These rows, in this order; the files stay mapped."""
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
         return TokenizedRows(self._store, rows, hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest())
+
+    def find(self, sources: Sequence[int]) -> list[int] | None:
+        """The places here of rows that are known by their index in the source; None where one is not here."""
+        places = {row: place for place, row in enumerate(self._rows.tolist())}
+        return None if set(sources) - places.keys() else [places[row] for row in sources]
 
     def content_hash(self, indices: Indices) -> str:
         """sha256 over the tokens and masks of these rows in order, however they are stored."""
@@ -103,6 +122,10 @@ class Store:
             raise ValueError(f"{self._starts[-1]} rows where {self.report.rows} were written")
         self._ids = [(ids.offsets.to_numpy(), ids.values.to_numpy()) for ids in self._column("input_ids")]
         self._masks = [masks.values for masks in self._column("supervised")]
+        self._ends, self._weights = (
+            [(lists.offsets.to_numpy(), lists.values.to_numpy()) for lists in self._column(name)]
+            for name in ("ends", "weights")
+        )
         self.lengths = np.concatenate([lengths.to_numpy() for lengths in self._column("length")])
         self.targets = np.concatenate([targets.to_numpy() for targets in self._column("targets")])
 
@@ -114,6 +137,12 @@ class Store:
         offsets, values = self._ids[part]
         first, last = int(offsets[at]), int(offsets[at + 1])
         return values[first:last], self._masks[part].slice(first, last - first).to_numpy(zero_copy_only=False)
+
+    def marks(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Where assistant turns end, and the weights of the supervised tokens; none if the row has no weights."""
+        part, at = self._find(row)
+        (ends, first), (weights, second) = self._ends[part], self._weights[part]
+        return first[ends[at] : ends[at + 1]], second[weights[at] : weights[at + 1]]
 
     def source(self, row: int) -> str:
         part, at = self._find(row)

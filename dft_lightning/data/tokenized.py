@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -22,6 +22,7 @@ from dft_lightning.data.readers import LINE, listed, place_in, read_row
 from dft_lightning.data.rendering import UnusableRow
 from dft_lightning.data.sources import Columns, conversation
 from dft_lightning.data.store import TOO_LONG, Report, Store, TokenizedRows
+from dft_lightning.data.weights import RowWeight, message_weights, row_weight, token_weights
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,12 +35,16 @@ log = logging.getLogger(__name__)
 TOKENIZED_VERSION = 2
 """Part of the key: to be raised whenever the same rows and rendering come out as another artefact."""
 
+_FORMAT = "3"  # of the artefact; part of its name, but not of the key, which is what the tokens are
+
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 22  # of what is tokenised in one go
 _ROWS_PER_WORKER = 4000  # with fewer, a process costs more than it gains
 _COLUMNS = {
     "input_ids": pa.list_(pa.int32()),
     "supervised": pa.list_(pa.bool_()),
+    "ends": pa.list_(pa.int32()),  # where the stop tokens of assistant turns are
+    "weights": pa.list_(pa.float32()),  # of the supervised tokens, in order; empty where the row has none
     "length": pa.int32(),
     "targets": pa.int32(),  # supervised tokens with a predecessor
     "full_length": pa.int32(),  # before truncation
@@ -59,6 +64,7 @@ def tokenize(
     cache_dir: Path,
     workers: int | None = None,
     max_unusable_share: float = 0.1,
+    message_weights: bool = True,
 ) -> TokenizedRows:
     """The rows in tokens: from `cache_dir` if they are there, else rendered and put there; processes may share it.
 
@@ -66,6 +72,7 @@ def tokenize(
         max_length: in tokens. What is longer is truncated on the right, or dropped, as `overlength` says.
         workers: processes to render in. 0: this one. None: one a core, if cores and rows are enough to gain by it.
         max_unusable_share: a larger share of unusable rows is refused.
+        message_weights: whether the key `weight` of a message is its weight, or is passed over.
     """
     if not len(rows):
         raise UserError("there are no rows: check data.path and data.split")
@@ -75,9 +82,9 @@ def tokenize(
             f"to 1; got {max_length}, {overlength}, {max_unusable_share}"
         )
     _require_columns(rows, columns)
-    task = _Task(renderer, columns, max_length, overlength)
+    task = _Task(renderer, columns, max_length, overlength, message_weights)
     key = task.key(rows._fingerprint)
-    folder = Path(cache_dir) / key
+    folder = Path(cache_dir) / f"{key}-{_FORMAT}"
     store = _open(folder)
     if store is None:
         _build(rows, task, folder, _workers(len(rows)) if workers is None else workers)
@@ -94,7 +101,7 @@ def _require_columns(rows: datasets.Dataset, columns: Columns) -> None:
         for raw in rows:
             with suppress(UnusableRow):
                 seen |= read_row(raw).keys()
-            if seen.issuperset(columns.wanted):  # as a rule the first row
+            if seen.issuperset(columns.read):  # as a rule the first row
                 break
     missing = [name for name in columns.wanted if name not in seen]
     if missing and seen:  # where no line can be read, the report says so
@@ -102,6 +109,17 @@ def _require_columns(rows: datasets.Dataset, columns: Columns) -> None:
             f"no row has the column {listed(missing)}; there are {listed(seen)}. Name the one of the conversation in "
             "data.messages, or those of its two sides in data.prompt and data.completion"
         )
+    if columns.weight is not None and columns.weight not in seen and seen:
+        raise UserError(f"no row has the column {columns.weight!r} of data.weight; there are {listed(seen)}")
+
+
+class _Row(NamedTuple):
+    """What is read of a row before it is rendered."""
+
+    chat: list[dict[str, Any]] | UnusableRow
+    source: str
+    of_row: RowWeight | None = None
+    of_messages: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,19 +130,23 @@ class _Task:
     columns: Columns
     max_length: int
     overlength: str
+    message_weights: bool
 
     def key(self, source: str) -> str:
-        parts = [TOKENIZED_VERSION, source, self.renderer.identity, *self.columns.wanted]
-        text = json.dumps([*parts, self.max_length, self.overlength], sort_keys=True)
+        parts: list[Any] = [TOKENIZED_VERSION, source, self.renderer.identity, *self.columns.wanted]
+        parts += [self.max_length, self.overlength]
+        parts += [{"weight": self.columns.weight}] if self.columns.weight is not None else []  # keys of before stay
+        parts += [] if self.message_weights else [{"message_weights": False}]
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> pa.Table:
-        names = [name for name in batch if name in {LINE, "source", *self.columns.wanted}]
-        chats, sources = zip(*map(self._read, _raws(batch, names)), strict=True)
-        rendered = self._rendered([chat for chat in chats if not isinstance(chat, UnusableRow)])
-        rows = [self._cells(chat if isinstance(chat, UnusableRow) else next(rendered)) for chat in chats]
-        table = {name: [row.get(name, "") for row in rows] for name in _COLUMNS} | {"source": sources}
-        return pa.table(table, schema=pa.schema(_COLUMNS))
+        names = [name for name in batch if name in {LINE, "source", *self.columns.read}]
+        read = [self._read(raw) for raw in _raws(batch, names)]
+        rendered = self._rendered([row.chat for row in read if not isinstance(row.chat, UnusableRow)])
+        rows = [self._cells(row, row.chat if isinstance(row.chat, UnusableRow) else next(rendered)) for row in read]
+        table = {name: [row.get(name, "") for row in rows] for name in _COLUMNS}
+        return pa.table(table | {"source": [row.source for row in read]}, schema=pa.schema(_COLUMNS))
 
     def _rendered(self, chats: list[list[dict[str, Any]]]) -> Iterator[Rendered | UnusableRow]:
         """Piece by piece: the tokens of a thousand rows of a megabyte each would not fit in memory."""
@@ -136,20 +158,26 @@ class _Task:
                 yield from self.renderer.render_batch(part)
                 part, size = [], 0
 
-    def _read(self, raw: Mapping[str, Any] | UnusableRow) -> tuple[list[dict[str, Any]] | UnusableRow, str]:
+    def _read(self, raw: Mapping[str, Any] | UnusableRow) -> _Row:
         source = ""
         if isinstance(raw, UnusableRow):
-            return raw, source
+            return _Row(raw, source)
         try:
             row = read_row(raw)
             source = _storable(row.get("source"))
-            return conversation(row, self.columns), source
+            chat, column = conversation(row, self.columns), self.columns.weight
+            of_row = None if column is None else row_weight(row, column)
+            return _Row(chat, source, of_row, message_weights(chat) if self.message_weights else None)
         except UnusableRow as unusable:
-            return unusable, source
+            return _Row(unusable, source)
 
-    def _cells(self, row: Rendered | UnusableRow) -> dict[str, Any]:
-        if isinstance(row, UnusableRow):
-            return _without_tokens(row.reason, row.detail)
+    def _cells(self, read: _Row, row: Rendered | UnusableRow) -> dict[str, Any]:
+        try:
+            if isinstance(row, UnusableRow):
+                raise row
+            weights = token_weights(row, read.of_row, read.of_messages)
+        except UnusableRow as unusable:
+            return _without_tokens(unusable.reason, unusable.detail)
         ids, supervised = row.input_ids[: self.max_length], row.supervised[: self.max_length]
         full, targets = len(row.input_ids), sum(supervised[1:])
         assert full == len(row.supervised)
@@ -158,7 +186,8 @@ class _Task:
         if not targets:
             return _without_tokens("nothing left to learn", f"{full} tokens, data.max_length {self.max_length}")
         numbers = {"length": len(ids), "targets": targets, "full_length": full}
-        return {"input_ids": ids, "supervised": supervised, **numbers}
+        marks = {"ends": [end for end in row.ends if end < len(ids)], "weights": weights[: sum(supervised)]}
+        return {"input_ids": ids, "supervised": supervised, **marks, **numbers}
 
 
 def _raws(batch: Any, names: list[str]) -> list[Mapping[str, Any] | UnusableRow]:
@@ -173,7 +202,8 @@ def _raws(batch: Any, names: list[str]) -> list[Mapping[str, Any] | UnusableRow]
 
 
 def _without_tokens(reason: str, detail: str = "") -> dict[str, Any]:
-    empty: dict[str, Any] = {"input_ids": [], "supervised": [], "length": 0, "targets": 0, "full_length": 0}
+    empty: dict[str, Any] = {name: [] for name in ("input_ids", "supervised", "ends", "weights")}
+    empty |= dict.fromkeys(("length", "targets", "full_length"), 0)
     return empty | {"reason": reason, "detail": _printable(detail[:200])}
 
 
@@ -238,7 +268,10 @@ def _report(rows: datasets.Dataset, mapped: datasets.Dataset) -> Report:
     for why in counts:
         where = np.flatnonzero(pc.equal(reasons, why).to_numpy())[:3].tolist()
         examples[why] = [f"{place_in(rows, row)}: {mapped[row]['detail']}".removesuffix(": ") for row in where]
-    return Report(len(rows), used, pc.sum(pc.greater(full, kept)).as_py(), dropped, counts, examples)
+    weights = mapped.data.column("weights")
+    weighted = pc.sum(pc.greater(pc.list_value_length(weights), 0)).as_py()
+    changed = pc.any(pc.not_equal(pc.list_flatten(weights), 1.0)).as_py() or False
+    return Report(len(rows), used, pc.sum(pc.greater(full, kept)).as_py(), dropped, counts, examples, weighted, changed)
 
 
 def _judge(report: Report, max_unusable_share: float) -> None:

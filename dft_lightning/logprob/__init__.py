@@ -3,5 +3,6 @@
 from dft_lightning.logprob.chunked import weighted_nll
 from dft_lightning.logprob.dense import dense_weighted_nll
 from dft_lightning.logprob.head import LogitTransform
+from dft_lightning.logprob.targets import ReferenceHead
 
-__all__ = ["LogitTransform", "dense_weighted_nll", "weighted_nll"]
+__all__ = ["LogitTransform", "ReferenceHead", "dense_weighted_nll", "weighted_nll"]

@@ -19,9 +19,11 @@ from dft_lightning.logprob.head import LogitTransform
 from dft_lightning.logprob.passes import Gradients, run_pass
 from dft_lightning.logprob.products import Factor, Precision, default_rows, fast_products
 from dft_lightning.logprob.rows import Job
+from dft_lightning.logprob.targets import ReferenceHead
 from dft_lightning.weighting.base import (
     BROUGHT_ALONG,
     DISTRIBUTION_STATISTICS,
+    REF_DISTRIBUTION,
     TokenStats,
     TokenWeighting,
     checked_weights,
@@ -43,6 +45,7 @@ def weighted_nll(
     chunk_rows: int | None = None,
     lengths: Sequence[int] | None = None,
     logits: torch.dtype | None = None,
+    reference: ReferenceHead | None = None,
     **brought: Tensor,
 ) -> tuple[Tensor, TokenStats]:
     """Σ_t sg(w_t)·n_t·(−log π(y_t)) over N supervised positions, and the statistics of each.
@@ -58,7 +61,7 @@ def weighted_nll(
         factor: (N,) n_t, the normaliser's factor a token; 1 if not given. It is no part of the reported weight.
         transform: the model family's bias, scale and soft-cap.
         progress: share of training done, for scheduled weightings.
-        wanted: further statistics of the distribution to compute: "entropy", "topk_entropy", "collision", "rank".
+        wanted: further statistics of the distribution to compute, of `DISTRIBUTION_STATISTICS`.
         weight: (N,) weights that are known already, as those of `step` scope are; the weighting is then not asked.
         chunk_rows: rows whose logits are held at a time; by default as many as fit 200 MiB (CPU) or 2 GiB (GPU).
         lengths: tokens of each sequence, where all of one lie together: a weighting of sequence scope then needs one
@@ -67,7 +70,8 @@ def weighted_nll(
         logits: precision of the logits between the product and the softmax, which is computed in float32 either way; by
             default float32. bfloat16, for inputs in bfloat16, halves their memory and is faster where such products
             return bfloat16, as a CPU's do; gradients then are as exact as those of a plain bfloat16 computation.
-        **brought: what else a token brings along, (N,) each: position, ref_logp, old_logp, reward, data_weight.
+        reference: where the reference's distribution comes from, for a weighting whose `targets` want it.
+        **brought: what else a token brings along, (N,) each: position, ref_logp, old_logp, reward, data_weight, stop.
 
     Returns:
         The loss, a scalar of at least float32, differentiable once in hidden, head_weight and bias (zero, with a
@@ -78,6 +82,7 @@ def weighted_nll(
             or something that the weighting needs was not given.
     """
     _check(hidden, head_weight, targets, weighting, brought, weight)
+    _check_reference(hidden, head_weight, weighting, reference)
     if lengths is not None and sum(lengths) != len(targets):
         raise ValueError(f"lengths add up to {sum(lengths)}; expected {len(targets)}, the number of targets")
     compute, product = torch.float64 if hidden.dtype == torch.float64 else torch.float32, _product_dtype(hidden)
@@ -87,6 +92,8 @@ def weighted_nll(
     device, vocabulary, size = hidden.device, head_weight.shape[0], precision.logits.itemsize
     if weight is None and weighting.scope == "sequence" and precision.logits != compute:
         size += compute.itemsize  # all rows of a chunk wait for their weights, in the compute precision
+    if weighting.vocabulary:
+        size *= 2 if reference is None else 3  # a gradient, and the reference's logits, of a chunk may lie beside
     transform = transform or LogitTransform()
     job = Job(
         weighting=weighting,
@@ -102,6 +109,8 @@ def weighted_nll(
         kept_rows=chunk_rows or default_rows(device, vocabulary, size=size, kept=True),
         precision=precision,
         differentiate=torch.is_grad_enabled(),
+        head=head_weight,
+        reference=reference if weighting.vocabulary else None,
     )
     loss: Tensor = _WeightedNLL.apply(hidden, head_weight, transform.bias, job, lengths)  # type: ignore[no-untyped-call]
     return loss, job.result
@@ -152,13 +161,13 @@ def _run(job: Job, hidden: Tensor, weight: Factor, gradients: Gradients, borders
         return run_pass(job, hidden, weight, gradients, lambda _stats, rows: given[rows])
     if job.weighting.scope == "token" or borders is not None:
         return run_pass(job, hidden, weight, gradients, borders=borders)
-    run_pass(job, hidden, weight, Gradients(), lambda stats, _rows: torch.ones_like(stats.logp))
+    run_pass(job, hidden, weight, Gradients(), lambda stats, _rows: torch.ones_like(stats.logp), targets=False)
     known = checked_weights(job.weighting, replace(job.result, weight=None))
-    if gradients.wanted():
-        job.names = frozenset()  # they are known, too
+    if gradients.wanted() or job.weighting.vocabulary:
         first = job.result
+        job.names = job.names if job.weighting.vocabulary else frozenset()  # they are known, but targets want them, too
         loss = run_pass(job, hidden, weight, gradients, lambda _stats, rows: known[rows])
-        job.result = replace(first, weight=known)
+        job.result = replace(first, weight=job.result.weight)
         return loss
     job.result = replace(job.result, weight=known)
     return -(job.coefficient(known, slice(None)) * job.result.logp).sum()
@@ -184,6 +193,21 @@ def _borders(job: Job, lengths: Sequence[int] | None) -> list[int] | None:
             ends.append(start)
         ends[-1] += length
     return ends
+
+
+def _check_reference(hidden: Tensor, head: Tensor, weighting: TokenWeighting, reference: ReferenceHead | None) -> None:
+    """Refuse targets without the reference that they want, or with one over other words."""
+    name = type(weighting).__name__
+    if reference is None:
+        if weighting.vocabulary and REF_DISTRIBUTION in weighting.needs:
+            raise ValueError(f"{name} needs the reference's distribution: give `reference`, its hidden states and head")
+        return
+    states, words = tuple(reference.hidden.shape), tuple(reference.weight.shape)
+    if len(words) != 2 or states != (len(hidden), words[1]) or words[0] != len(head):
+        raise ValueError(
+            f"the reference's hidden states are {states} and its head {words}; expected ({len(hidden)}, H) and "
+            f"({len(head)}, H)"
+        )
 
 
 def _lengths(sequence: Tensor) -> list[int] | None:
@@ -227,7 +251,8 @@ def _check(
         raise ValueError(f"weight is {tuple(weight.shape)}; expected {tuple(targets.shape)}, one value a target")
     if unknown := set(brought) - BROUGHT_ALONG:
         raise ValueError(f"unknown keyword {sorted(unknown)}; a token can bring along {sorted(BROUGHT_ALONG)}")
-    if weight is None and (missing := set(weighting.needs) - DISTRIBUTION_STATISTICS - set(brought)):
+    given = DISTRIBUTION_STATISTICS | {REF_DISTRIBUTION} | set(brought)
+    if weight is None and (missing := set(weighting.needs) - given):
         raise ValueError(f"{name} needs {sorted(missing)}, which were not given")
     if wrong := {key: tuple(value.shape) for key, value in brought.items() if value.shape != targets.shape}:
         raise ValueError(f"got {wrong}; expected {tuple(targets.shape)}, one value a target")

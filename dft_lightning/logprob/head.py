@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: EAFT's entropy looks at this many of the largest logits (arXiv 2601.02151).
 TOP_K = 20
+#: Rows of a head that `log_distribution` holds in float32 at a time.
+_HEAD_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,31 @@ def _rank(logits: Tensor, _lse: Tensor, target_logit: Tensor) -> Tensor:
     return (logits > target_logit[:, None]).sum(1)
 
 
+def _top_p(logits: Tensor, lse: Tensor, _target_logit: Tensor) -> Tensor:
+    return (logits.amax(1) - lse).exp()
+
+
 _STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "entropy": _entropy,
     "topk_entropy": _topk_entropy,
     "collision": _collision,
     "rank": _rank,
+    "top_p": _top_p,
 }
 
 
 def statistics(names: Iterable[str], logits: Tensor, lse: Tensor, target_logit: Tensor) -> dict[str, Tensor]:
     """Statistics by name from logits (R, V), their log-sum-exp (R,) and the target's logit (R,): each (R,)."""
     return {name: _STATISTICS[name](logits, lse, target_logit) for name in names}
+
+
+@torch.no_grad()
+def log_distribution(hidden: Tensor, weight: Tensor, transform: LogitTransform) -> Tensor:
+    """log π (R, V) of the whole vocabulary after hidden states (R, H), in at least float32, products included.
+
+    For a few rows: the products of half-precision states would be rounded by more than what a KL divergence shows.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [hidden.to(wide) @ rows.to(wide).T for rows in torch.split(weight, _HEAD_ROWS)]
+    return transform.forward_(torch.cat(parts, 1)).log_softmax(1)

@@ -95,7 +95,7 @@ def score(
     Args:
         logits: (R, V) raw products, float32, bfloat16 or float16; rows may lie further apart than V. Left unchanged.
         target: (R,) ids; one outside [0, V) gets log p = −∞.
-        names: which of "entropy", "topk_entropy", "collision" and "rank" are wanted.
+        names: which of "entropy", "topk_entropy", "collision", "rank" and "top_p" are wanted.
         block: logits that a program looks at at a time, a power of two.
 
     Returns:
@@ -225,7 +225,7 @@ def _topk_entropy(logits: Tensor, transform: LogitTransform) -> Tensor:
 
 def _pointers(found: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """Where a kernel puts what it finds; None for what is not wanted."""
-    return {name: found.get(name) for name in ("logp", "lse", "entropy", "collision", "rank")}
+    return {name: found.get(name) for name in ("logp", "lse", "entropy", "collision", "rank", "top_p")}
 
 
 def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -93,7 +93,7 @@ def _score_row(
 
 
 @triton.jit
-def _finish_scores(r, target_logit, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank):
+def _finish_scores(r, target_logit, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank, top_p):
     """Store the statistics of row r; return log p and log Σe."""
     log_total = tl.log(total)
     value = (target_logit - top) - log_total
@@ -105,6 +105,8 @@ def _finish_scores(r, target_logit, top, total, tilted, squares, larger, logp, l
         tl.store(collision + r, squares / (total * total))
     if rank is not None:
         tl.store(rank + r, larger.to(tl.int64))
+    if top_p is not None:
+        tl.store(top_p + r, 1.0 / total)
     return value
 
 
@@ -153,7 +155,7 @@ def _weight(value, ref_logp, first, low, high, form: tl.constexpr):
 @triton.jit(do_not_specialize=["target"])
 def score(
     logits, stride, target, bias, scale, softcap,
-    logp, lse, entropy, collision, rank,
+    logp, lse, entropy, collision, rank, top_p,
     vocabulary: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each row, which stays as it is."""
@@ -163,7 +165,7 @@ def score(
     top, total, tilted, squares, larger = _score_row(
         row, z, bias, scale, softcap, entropy, collision, rank, vocabulary, block
     )
-    _finish_scores(r, z, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank)
+    _finish_scores(r, z, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank, top_p)
 
 
 @triton.jit(do_not_specialize=["target", "logp", "lse", "coefficient"])
@@ -196,7 +198,7 @@ def gradient(
 @triton.jit(do_not_specialize=["target", "factor", "ref_logp"])
 def fused(
     logits, stride, target, bias, scale, softcap,
-    logp, lse, entropy, collision, rank,
+    logp, lse, entropy, collision, rank, top_p,
     out, out_stride, weight, factor, ref_logp, first, low, high,
     form: tl.constexpr, vocabulary: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +210,7 @@ def fused(
     top, total, tilted, squares, larger = _score_row(
         row, z, bias, scale, softcap, entropy, collision, rank, vocabulary, block
     )
-    value = _finish_scores(r, z, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank)
+    value = _finish_scores(r, z, top, total, tilted, squares, larger, logp, lse, entropy, collision, rank, top_p)
     reference = value
     if ref_logp is not None:
         reference = tl.load(ref_logp + r)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from dft_lightning.logprob import kernel
 from dft_lightning.logprob.head import LogitTransform, statistics
 from dft_lightning.logprob.products import Precision
 from dft_lightning.weighting.base import TokenStats, TokenWeighting, checked_weights
+
+if TYPE_CHECKING:
+    from dft_lightning.logprob.targets import ReferenceHead
 
 #: Bytes of logits that stay in a core's cache between the steps over them (a block), on the CPU.
 _BLOCK_BYTES = 3 * 2**20
@@ -42,6 +46,8 @@ class Job:
     kept_rows: int  # of a chunk that spares a second pass
     precision: Precision
     differentiate: bool
+    head: Tensor  # as it was given
+    reference: "ReferenceHead | None" = None
     result: TokenStats = field(init=False)
 
     def coefficient(self, weight: Tensor, rows: slice) -> Tensor:

@@ -49,6 +49,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         chunk_rows=module.chunk_rows,
         logits=module.logits,
         together=module.weighting.scope == "sequence",
+        compared=module.reference_in_force == "copy",
     )
 
 

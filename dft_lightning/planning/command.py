@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
-from dft_lightning.cli import CommandLine, run
+from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.models import ModelSource
@@ -20,7 +19,7 @@ from dft_lightning.planning.plan import Options, Place, Plan, make_plan
 from dft_lightning.planning.report import as_json, print_plan
 
 
-class PlanCommand(CommandLine):
+class PlanCommand(InsteadOfTraining):
     """Reads the options of `dft fit`, and prints a plan in place of training."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -31,13 +30,6 @@ class PlanCommand(CommandLine):
         parser.add_argument("--device", type=str | None, help="h100, a100, …, cpu; by default what is here.")
         parser.add_argument("--memory_gib", type=float | None, help="Memory of a device.")
         parser.add_argument("--json", action="store_true", help="Print the plan as JSON.")
-
-    def before_instantiate_classes(self) -> None:
-        """No checkpoint is looked for."""
-
-    def instantiate_trainer(self, **_: Any) -> pl.Trainer:
-        """None: a trainer would ask for the accelerator that it names."""
-        return cast(pl.Trainer, None)
 
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config[subcommand]

@@ -1,7 +1,7 @@
 """What a device has to hold while a model is trained, by part, and the lightest recomputation with which it fits."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Load:
         logits: as `model.logits`.
         together: whether whole sequences are weighed together, so that the loss keeps their rows.
         fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
+        compared: whether a frozen copy of the model is held as the reference.
     """
 
     config: Any
@@ -60,6 +61,7 @@ class Load:
     logits: str = "float32"
     together: bool = False
     fused: bool = False
+    compared: bool = False
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
@@ -122,6 +124,8 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     gradients = nbytes(trained)
     states, update = _optimizer(load, trained)
     held = {"weights": nbytes(network.parameters()), "buffers": nbytes(network.buffers()), "optimizer states": states}
+    if load.compared:
+        held["frozen copy of the initial model"] = nbytes(replace(load, lora=None).network().parameters())
     if load.ranks > 1:
         held["buckets of DistributedDataParallel"] = gradients
     if load.cuda:

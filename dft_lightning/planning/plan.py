@@ -9,6 +9,7 @@ import torch
 
 from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
+from dft_lightning.data_weights import check_data_weights
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
 from dft_lightning.planning.memory import KINDS, Load, Memory, memory
@@ -125,6 +126,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         chunk_rows=module.chunk_rows,
         logits=module.logits,
         together=module.weighting.scope == "sequence",
+        compared=module.reference_in_force == "copy",
     )
     refuse_logits(module.logits, dtype, options.precision)
     refuse_attention(load.attention)
@@ -134,6 +136,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
     network = load.network()
     flops, unknown = _flops(network)
     work = work_of(data, lambda: module.tokenizer, options.limits, flops)
+    check_data_weights(module.weighting, data, "fit")
     load = replace(load, shape=work.largest, accumulates=work.micro_batches > 1)
     kind, need = _in_force(module, load)
     advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 Scope = Literal["token", "sequence", "step"]
+Divisor = Literal["tokens", "weights", "selected"]
 
 #: Statistics of the whole distribution that the loss head can compute beside log p.
-DISTRIBUTION_STATISTICS = frozenset({"entropy", "topk_entropy", "collision", "rank"})
+DISTRIBUTION_STATISTICS = frozenset({"entropy", "topk_entropy", "collision", "rank", "top_p"})
 #: What a token may bring along from the data or from an earlier policy.
-BROUGHT_ALONG = frozenset({"position", "ref_logp", "old_logp", "reward", "data_weight"})
+BROUGHT_ALONG = frozenset({"position", "ref_logp", "old_logp", "reward", "data_weight", "stop"})
+#: What `TokenWeighting.targets` may want beside: the reference's log-probabilities over the whole vocabulary.
+REF_DISTRIBUTION = "ref_distribution"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class TokenStats:
     """Σ_v p_v²."""
     rank: Tensor | None = None
     """How many tokens of the vocabulary are likelier than the target: 0 means the target is the top-1."""
+    top_p: Tensor | None = None
+    """Probability of the likeliest token of the vocabulary."""
     ref_logp: Tensor | None = None
     """log-probability under the frozen initial model."""
     old_logp: Tensor | None = None
@@ -51,8 +56,10 @@ class TokenStats:
     """Reward or advantage of the token's sequence."""
     data_weight: Tensor | None = None
     """Weight that the data gives the token."""
+    stop: Tensor | None = None
+    """Whether the token ends its turn: the stop token of the chat template, bool."""
     weight: Tensor | None = None
-    """What the weighting made of it; filled in by the loss."""
+    """What the weighting made of it, its target for the given word included; filled in by the loss."""
     progress: float = 0.0
     """Share of training done, 0 to 1."""
 
@@ -109,6 +116,27 @@ def _groups(ids: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, numbers)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a weighting was published.
+
+    Args:
+        authors: as they are cited, "Wu et al.".
+        title: of the paper.
+        link: an arXiv number or the name of a repository.
+        place: equation, section or file.
+        note: where paper, authors' code and other implementations differ, which one this is, and how to get another.
+        third: known from somebody else's implementation only.
+    """
+
+    authors: str
+    title: str
+    link: str
+    place: str = ""
+    note: str = ""
+    third: bool = False
+
+
 class TokenWeighting(ABC):
     """What each supervised token is worth: loss = −Σ sg(w_t)·log π(y_t).
 
@@ -117,17 +145,64 @@ class TokenWeighting(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics beyond log p: "entropy", "topk_entropy", "collision", "rank", "ref_logp", "old_logp", "reward", …"""
+    """Statistics beyond log p: `DISTRIBUTION_STATISTICS`, and what the data brings: "ref_logp", "old_logp", …"""
 
     scope: ClassVar[Scope] = "token"
     """How far a token's weight looks at others: "token", "sequence" or "step" (all tokens of the optimizer step)."""
 
+    divisor: ClassVar[Divisor] = "tokens"
+    """By what an optimizer step's sum is divided, over all its micro-batches and ranks.
+
+    "tokens": all supervised tokens. "weights": the sum of their weights, so that the mean weight is 1. "selected": the
+    tokens whose weight is not zero.
+    """
+
+    vocabulary: ClassVar[bool] = False
+    """Whether there is a target over the vocabulary beside the token's own weight: see `TokenTarget`."""
+
     monitor: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/nll", "min")
     """What training by this weighting truly descends (or climbs): the metric by which the best checkpoint is chosen."""
+
+    formula: ClassVar[str] = ""
+    """The weight in one line, as `dft weightings` shows it."""
+
+    source: ClassVar[Source | None] = None
+    """Where the formula comes from; None for one of your own."""
 
     @abstractmethod
     def weights(self, tokens: TokenStats) -> Tensor:
         """The weight of each token, (N,), from the (N,) tensors in `tokens`; no gradient flows through it."""
+
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor | None:
+        """Weights over the vocabulary beside the token's own, (R, V); None where `vocabulary` is false."""
+        return None
+
+
+class TokenTarget(TokenWeighting):
+    """A weight on the likelihood of every word of the vocabulary, not of the given one alone.
+
+    loss = −Σ_t (sg(w_t)·log π(y_t) + Σ_v sg(q_tv)·log π(v)), whose gradient by the logits is
+    (w + Σ_v q_v)·π − w·onehot(y) − q. A divergence from another distribution, or an entropy, has this form, too: any
+    gradient g by the logits that sums to zero over the vocabulary is that of q = −g.
+
+    `targets` is called on a few rows at a time, and sees no other tokens: the scope is "token".
+    """
+
+    vocabulary: ClassVar[bool] = True
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        """The own token's weight beside `targets`, (N,): none, if a subclass does not say otherwise."""
+        return torch.zeros_like(tokens.logp)
+
+    @abstractmethod
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+        """q (R, V), which may be negative; no gradient flows through it.
+
+        Args:
+            tokens: the R tokens; their `logp` is of the given token alone.
+            logp: (R, V) log π of the whole vocabulary, in nats, at least float32.
+            ref_logp: (R, V) the same under the frozen initial model, where `needs` names "ref_distribution".
+        """
 
 
 def checked_weights(weighting: TokenWeighting, tokens: TokenStats) -> Tensor:
@@ -141,3 +216,16 @@ def checked_weights(weighting: TokenWeighting, tokens: TokenStats) -> Tensor:
         expected = tuple(tokens.logp.shape)
         raise ValueError(f"{type(weighting).__name__}.weights returned {got}; expected one weight a token, {expected}")
     return weights.to(tokens.logp.dtype)
+
+
+def checked_targets(
+    weighting: TokenWeighting, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None = None
+) -> Tensor:
+    """`weighting.targets(…)` of R rows, (R, V), detached, in the precision of `logp`; refused in another shape."""
+    with torch.no_grad():
+        targets = weighting.targets(tokens, logp, ref_logp)
+    got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+    if not isinstance(targets, Tensor) or targets.shape != logp.shape:
+        expected = tuple(logp.shape)
+        raise ValueError(f"{type(weighting).__name__}.targets returned {got}; expected a weight a word, {expected}")
+    return targets.to(logp.dtype)

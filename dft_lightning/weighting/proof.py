@@ -6,33 +6,50 @@ that secretly looks further (a `.mean()` over its input, say) would make the gra
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from dft_lightning.weighting.base import (
     BROUGHT_ALONG,
     DISTRIBUTION_STATISTICS,
+    REF_DISTRIBUTION,
+    Divisor,
     Scope,
     TokenStats,
     TokenWeighting,
+    checked_targets,
     checked_weights,
 )
+from dft_lightning.weighting.composition import Modifier
 
-_SEQUENCES, _TOKENS_EACH = 7, 9
+_SEQUENCES, _TOKENS_EACH, _VOCABULARY = 7, 9, 33
+#: Shares of training done at which a weighting, which may follow a schedule, is looked at.
+_HALFWAY, _ELSEWHERE = 0.5, (0.0, 0.1, 0.25, 0.75, 1.0)
 
 
 def prove(weighting: TokenWeighting) -> None:
-    """Refuse a weighting whose weights are not finite, change its input, or look further than its `scope`.
+    """Refuse a weighting whose weights are not finite, change their input, or look further than its `scope`.
 
     Raises:
-        ValueError: names the weighting, what was seen and the scope to declare.
+        ValueError: names the weighting (or the one within it), what was seen and the scope to declare.
     """
     name = type(weighting).__name__
-    known = DISTRIBUTION_STATISTICS | BROUGHT_ALONG
+    known = DISTRIBUTION_STATISTICS | BROUGHT_ALONG | {REF_DISTRIBUTION}
     if unknown := set(weighting.needs) - known:
         raise ValueError(f"{name}.needs names {sorted(unknown)}; what a token can come with is {sorted(known)}")
-    tokens = _sample(weighting)
+    if weighting.divisor not in get_args(Divisor):
+        raise ValueError(f"{name}.divisor is {weighting.divisor!r}; expected one of {', '.join(get_args(Divisor))}")
+    for progress in (_HALFWAY, *_ELSEWHERE):
+        _prove_weights(weighting, progress)
+        if weighting.vocabulary:
+            _prove_targets(weighting, progress)
+    _prove_scopes(weighting)
+
+
+def _prove_weights(weighting: TokenWeighting, progress: float) -> None:
+    """Refuse weights that are not finite, or that change their input."""
+    name, tokens = type(weighting).__name__, _sample(weighting, progress)
     before = {key: value.clone() for key, value in tokens.tensors().items()}
     whole = checked_weights(weighting, tokens)
     if any(not torch.equal(before[key], value) for key, value in tokens.tensors().items()):
@@ -40,25 +57,76 @@ def prove(weighting: TokenWeighting) -> None:
     if not torch.isfinite(whole).all():
         worst = tokens.logp[~torch.isfinite(whole)][0].item()
         raise ValueError(f"{name}.weights is not finite at log p = {worst:.1f}: clamp it, or use torch.where")
-    seen = _scope_seen(weighting, tokens, whole)
-    order: list[Scope] = ["token", "sequence", "step"]
+
+
+def _prove_scopes(weighting: TokenWeighting) -> None:
+    """Refuse a weighting that looks further than it declares; its parts first, to name the one to mend."""
+    for part in weighting.parts if isinstance(weighting, Modifier) else ():
+        _prove_scopes(part)
+    name, order = type(weighting).__name__, get_args(Scope)
     if weighting.scope not in order:
-        raise ValueError(f"{name}.scope is {weighting.scope!r}; expected one of {order}")
-    if order.index(seen) > order.index(weighting.scope):
-        raise ValueError(
-            f"{name} declares scope {weighting.scope!r}, but its weight of a token changes with the other tokens it is "
-            f"given: declare `scope = {seen!r}`, or make it depend on the token alone"
-        )
+        raise ValueError(f"{name}.scope is {weighting.scope!r}; expected one of {list(order)}")
+    for progress in (_HALFWAY, *_ELSEWHERE):
+        seen = _scope_seen(weighting, _sample(weighting, progress))
+        if order.index(seen) > order.index(weighting.scope):
+            raise ValueError(
+                f"{name} declares scope {weighting.scope!r}, but its weight of a token changes with the other tokens "
+                f"it is given: declare `scope = {seen!r}`, or make it depend on the token alone"
+            )
 
 
 def fingerprint(weighting: TokenWeighting) -> str:
-    """sha256 of the weights of the sample to six digits: another formula has another one, whatever its name."""
-    weights = checked_weights(weighting, _sample(weighting))
-    return hashlib.sha256(" ".join(f"{weight:.5e}" for weight in weights.tolist()).encode()).hexdigest()
+    """sha256 of the weights of the sample to six digits: another formula has another one, whatever its name.
+
+    Halfway through the training, and, of a weighting that changes over it, at some other points.
+    """
+    values, *others = (_values(weighting, progress) for progress in (_HALFWAY, *_ELSEWHERE))
+    if any(other != values for other in others):
+        values = [value for some in (values, *others) for value in some]
+    facts = [weighting.divisor] * (weighting.divisor != "tokens") + values
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
 
-def _scope_seen(weighting: TokenWeighting, tokens: TokenStats, whole: torch.Tensor) -> Scope:
+def _values(weighting: TokenWeighting, progress: float) -> list[str]:
+    values = checked_weights(weighting, _sample(weighting, progress))
+    if weighting.vocabulary:
+        values = torch.cat([values, checked_targets(weighting, *_target_sample(weighting, progress)).flatten()])
+    return [f"{value:.5e}" for value in values.tolist()]
+
+
+def _prove_targets(weighting: TokenWeighting, progress: float) -> None:
+    """Refuse targets that are not finite, change their input, or depend on which rows are asked for together."""
+    name = type(weighting).__name__
+    tokens, logp, ref_logp = _target_sample(weighting, progress)
+    before = logp.clone()
+    whole = checked_targets(weighting, tokens, logp, ref_logp)
+    if not torch.equal(before, logp):
+        raise ValueError(f"{name}.targets changes the tensors it is given: use operations that make new ones")
+    if not torch.isfinite(whole).all():
+        raise ValueError(f"{name}.targets is not finite: clamp it, or use torch.where")
+    for rows in torch.split(torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1)), 5):
+        part = checked_targets(weighting, tokens[rows], logp[rows], None if ref_logp is None else ref_logp[rows])
+        if not torch.allclose(part, whole[rows], rtol=1e-9, atol=1e-12):
+            raise ValueError(f"{name}.targets of a token change with the other tokens it is given; they must not")
+
+
+def _target_sample(weighting: TokenWeighting, progress: float) -> tuple[TokenStats, torch.Tensor, torch.Tensor | None]:
+    """Tokens with a distribution over a small vocabulary each, from nearly certain to nearly even, in float64."""
+    tokens = _sample(weighting, progress)
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(tokens), _VOCABULARY)
+    spread = torch.logspace(-2, 1.5, len(tokens), dtype=torch.float64)[:, None]
+    logp, ref_logp = (
+        (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).log_softmax(1) for _ in range(2)
+    )
+    target = tokens.target % _VOCABULARY
+    tokens = replace(tokens, target=target, logp=logp.gather(1, target[:, None])[:, 0])
+    return tokens, logp, ref_logp if REF_DISTRIBUTION in weighting.needs else None
+
+
+def _scope_seen(weighting: TokenWeighting, tokens: TokenStats) -> Scope:
     """The narrowest scope under which splitting and permuting the sample leaves every weight as it was."""
+    whole = checked_weights(weighting, tokens)
     generator = torch.Generator().manual_seed(1)
     shuffled = torch.randperm(len(tokens), generator=generator)
     if _same(weighting, tokens, whole, list(torch.split(shuffled, 5))):
@@ -69,12 +137,11 @@ def _scope_seen(weighting: TokenWeighting, tokens: TokenStats, whole: torch.Tens
 
 def _same(weighting: TokenWeighting, tokens: TokenStats, whole: torch.Tensor, parts: list[torch.Tensor]) -> bool:
     """Whether the weights of each part on its own are those within the whole (float64: rounding stays below 1e-9)."""
-    return all(
-        torch.allclose(checked_weights(weighting, tokens[part]), whole[part], rtol=1e-9, atol=1e-12) for part in parts
-    )
+    weighed = ((checked_weights(weighting, tokens[part]), whole[part]) for part in parts)
+    return all(torch.allclose(own, within, rtol=1e-9, atol=1e-12, equal_nan=True) for own, within in weighed)
 
 
-def _sample(weighting: TokenWeighting) -> TokenStats:
+def _sample(weighting: TokenWeighting, progress: float) -> TokenStats:
     """Random tokens with p from 1e-30 to 1, and everything a weighting may ask for, in float64."""
     generator = torch.Generator().manual_seed(0)
     count = _SEQUENCES * _TOKENS_EACH
@@ -97,7 +164,9 @@ def _sample(weighting: TokenWeighting) -> TokenStats:
         old_logp=logp + uniform(-1.0, 1.0),
         reward=uniform(-1.0, 1.0),
         data_weight=uniform(0.0, 2.0),
-        progress=0.5,
+        top_p=uniform(0.01, 1.0),  # drawn last: the fingerprints of others stay
+        stop=torch.arange(count) % _TOKENS_EACH == _TOKENS_EACH - 1,
+        progress=progress,
     )
     optional = (DISTRIBUTION_STATISTICS | BROUGHT_ALONG) - {"position"}
     absent: dict[str, Any] = dict.fromkeys(optional - set(weighting.needs))

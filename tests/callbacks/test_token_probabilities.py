@@ -7,7 +7,7 @@ from conftest import tiny_model, tiny_tokenizer
 from harness import events, fit, logger
 
 from dft_lightning.callbacks import Checkpoints, TokenProbabilities
-from dft_lightning.callbacks.token_probabilities import P_EDGES, P_LABELS, WEIGHT_EDGES, Tally, histogram, is_stop
+from dft_lightning.callbacks.looks.tally import P_EDGES, P_LABELS, WEIGHT_EDGES, Tally, histogram, is_stop
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, load_model
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats
@@ -145,8 +145,8 @@ class TestRun:
                 modes.append({part.training for part in module.modules()})
 
         plain, watched = (
-            fit(tmp_path / "model", rows_file, module={"lora": lora}, data=data, callbacks=callbacks)[1]
-            for callbacks in ([], [Mode(1)])
+            fit(tmp_path / "model", rows_file, module={"lora": lora}, data=data, callbacks=callbacks, logger=into)[1]
+            for callbacks, into in (([], False), ([Mode(1, pictures_every=1)], logger(tmp_path)))
         )
         assert modes == [{True}] * 4
         for ours, theirs in zip(plain.gradients, watched.gradients, strict=True):
@@ -180,7 +180,7 @@ class TestRun:
         assert [event.step for event in events(tmp_path).Scalars("probe/nll")] == [4]  # not step 2 again
 
 
-@pytest.mark.parametrize("options", [{"every_n_steps": -1}, {"probe_rows": 0}])
-def test_options_out_of_range(options):
-    with pytest.raises(UserError, match="expected every_n_steps >= 0 and probe_rows >= 1"):
-        TokenProbabilities(**options)
+@pytest.mark.parametrize("name", ["every_n_steps", "probe_rows", "pictures_every", "kl_tokens"])
+def test_options_out_of_range(name):
+    with pytest.raises(UserError, match=f"expected .*{name} >= [01]"):
+        TokenProbabilities(**{name: -1})

@@ -115,7 +115,7 @@ def test_merges_across_the_seam_stay_out():
     joint = tokenizer(tokenizer.apply_chat_template(chat("4", "2"), tokenize=False)).input_ids
     assert joint == [81, 52, MERGED_42, EOS]
     rendered = ChatRenderer(tokenizer).render(chat("4", "2"))
-    assert rendered == Rendered([81, 52, 52, 50, EOS], [False, False, False, True, True])
+    assert rendered == Rendered([81, 52, 52, 50, EOS], [False, False, False, True, True], [4])
 
 
 def test_prompt_is_tokenised_as_at_inference():

@@ -44,7 +44,7 @@ class Bytes:
             return UnusableRow("the prompt is refused", f"it is {prompt}")
         ids = [*prompt.encode(errors="replace"), *answer.encode(errors="replace"), 300_000]
         first = 0 if "^" in prompt else len(prompt.encode(errors="replace"))
-        return Rendered(ids, [first <= index for index in range(len(ids))])
+        return Rendered(ids, [first <= index for index in range(len(ids))], [len(ids) - 1])
 
 
 class Untouchable(Bytes):
@@ -255,7 +255,7 @@ class TestSelection:
     def test_the_hash_sees_where_a_row_ends(self, cache: Path) -> None:
         class Joined(Bytes):
             def _render(self, prompt: str, answer: str) -> Rendered:
-                return Rendered([*answer.encode()], [True] * len(answer))
+                return Rendered([*answer.encode()], [True] * len(answer), [len(answer) - 1])
 
         tokens = run(
             source(("", "x"), ("q", "abc"), ("q", "de"), ("q", "ab"), ("q", "cde")),
@@ -282,6 +282,7 @@ class TestCache:
             {"rows": source(("q", "a"), ("q", "a"))},
             {"renderer": Bytes("other")},
             {"columns": Columns(prompt="c", completion="p")},
+            {"message_weights": False},
             {"max_length": 99},
             {"overlength": "drop"},
         ],

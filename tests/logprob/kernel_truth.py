@@ -15,7 +15,7 @@ from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWe
 from dft_lightning.weighting.base import checked_weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NAMES = ("entropy", "topk_entropy", "collision", "rank")
+NAMES = ("entropy", "topk_entropy", "collision", "rank", "top_p")
 BUILT_IN = [
     Uniform(),
     DFT(),
@@ -161,6 +161,7 @@ class Bounds:
         entropy = found["entropy"]
         self.entropy = 4 * entropy * self.logit + 2 * self.total * (1 + log_total + expected_depth) + 4 * UNIT
         self.collision = found["collision"] * 2 * (2 * self.logit + 2 * self.total + 8 * UNIT)
+        self.top_p = found["top_p"] * (2 * self.logit + self.total + 4 * UNIT)
         self.depth = UNIT * depth.abs().where(finite, 0.0)
         self.p = p
 
@@ -191,7 +192,7 @@ def check_scores(given: Problem, found: dict[str, Tensor], truth: Answer) -> Non
     bounds = Bounds(given, truth)
     within(found["logp"], truth.found["logp"], bounds.logp)
     within(found["lse"], truth.found["lse"], bounds.logit + bounds.total + 2 * UNIT * truth.found["lse"].abs())
-    for name in {"entropy", "collision"} & found.keys():
+    for name in {"entropy", "collision", "top_p"} & found.keys():
         within(found[name], truth.found[name], getattr(bounds, name))
     if "topk_entropy" in found:  # of 20 terms, in plain torch, which rounds the log-sum-exp
         entropy, rounded = truth.found["topk_entropy"], UNIT * truth.z.amax(1).abs()

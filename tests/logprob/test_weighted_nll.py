@@ -16,11 +16,11 @@ from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWe
 class EntropyOverRank(TokenWeighting):
     """A user's weighting that needs statistics of the whole distribution."""
 
-    needs = frozenset({"entropy", "topk_entropy", "collision", "rank"})
+    needs = frozenset({"entropy", "topk_entropy", "collision", "rank", "top_p"})
 
     def weights(self, tokens: TokenStats) -> Tensor:
         spread = tokens.need("entropy") + tokens.need("topk_entropy") + tokens.need("collision")
-        return spread / (1.0 + tokens.need("rank"))
+        return spread / (1.0 + tokens.need("rank")) + tokens.need("top_p")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def test_extreme_probabilities_stay_finite(weighting):
 def test_forbidden_tokens_count_nothing():
     """Logits of −∞, as of a padded vocabulary: probability 0 and 0·log 0 = 0, no inf·0 (trap 25)."""
     hidden, head, bias, targets, _ = problem(dtype=torch.float64)
-    names = ["entropy", "topk_entropy", "collision", "rank"]
+    names = ["entropy", "topk_entropy", "collision", "rank", "top_p"]
     kept, forbidden = 101, torch.cat([bias.detach(), torch.full((7,), -torch.inf, dtype=torch.float64)])
     padded = torch.cat([head.detach(), torch.ones(7, 19, dtype=torch.float64)]).requires_grad_()
     for weighting in (DFT(), SentenceProbability()):
@@ -482,7 +482,7 @@ def test_no_device_is_waited_for(weighting, monkeypatch):
     for known in (lengths, None):
         loss, _ = weighted_nll(
             hidden, head, targets.to("meta"), weighting, transform=LogitTransform(bias, 1.7, 5.0), lengths=known,
-            wanted=("entropy", "topk_entropy", "collision", "rank"), **brought,
+            wanted=("entropy", "topk_entropy", "collision", "rank", "top_p"), **brought,
         )  # fmt: skip
         loss.backward()
 

@@ -122,6 +122,10 @@ def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
         (["--model.compile", "true"], "model.compile needs batches of one shape"),
         (["--model.logits", "bfloat16"], "model.logits is bfloat16, but the products are in torch.float32"),
         (["--model.attn_implementation", "nonsense"], "model.attn_implementation is 'nonsense'; expected one of"),
+        (
+            ["--model.weighting", "DataWeighted", "--model.weighting.of", "DFT"],
+            "DataWeighted needs weights of the data",
+        ),
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.num_samples", "3", "--data.drop_last", "true"], "do not fill one step of data.global_batch_size"),
         (["--trainer.strategy", "fsdp"], "dft plan knows trainer.strategy auto and ddp, not 'fsdp'"),

@@ -1,0 +1,1 @@
+"""What `TokenProbabilities` counts, compares, draws and writes."""

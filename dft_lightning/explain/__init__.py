@@ -1,0 +1,1 @@
+"""`dft weightings`: what there is to weight tokens by, and what each does to them."""

@@ -1,0 +1,1 @@
+"""A look at model and data before any training: `dft diagnose` and `dft inspect`."""

@@ -1,0 +1,43 @@
+"""Options of a run that would be ignored or computed wrongly: refused before anything is loaded."""
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+
+from dft_lightning.errors import UserError
+from dft_lightning.weighting.base import REF_DISTRIBUTION
+from dft_lightning.weighting.proof import prove
+
+if TYPE_CHECKING:
+    from dft_lightning.module import FineTuner
+
+
+def refuse(module: "FineTuner") -> None:
+    """What would be ignored or computed wrongly is refused before anything is loaded."""
+    name = type(module.weighting).__name__
+    try:
+        prove(module.weighting)
+    except ValueError as error:
+        raise UserError(f"weighting refused: {error}") from error
+    if unknown := set(module.weighting.needs) & {"reward"}:
+        raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
+    if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
+        raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")
+    if module.reference == "adapter_off" and module.lora is None:
+        raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
+    for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"model.{option} is {value}; expected 1 or more")
+    if not 0.0 <= module.warmup_ratio < 1.0:
+        raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
+
+
+def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Lightning leaves unscaling to such an optimizer, so that its gradients would be clipped as they are scaled."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
+            "late for clipping and logging: set fused to false, or take bf16"
+        )

@@ -1,0 +1,296 @@
+"""Weightings with a target over the vocabulary: against autograd of the published losses, and through both op paths."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dft_lightning.logprob import LogitTransform, ReferenceHead, dense_weighted_nll, rows, targets, weighted_nll
+from dft_lightning.weighting import (
+    ASFT,
+    DFT,
+    GEM,
+    GIFT,
+    EntropyBonus,
+    LabelSmoothing,
+    TokenStats,
+    TokenTarget,
+    TokenWeighting,
+    Uniform,
+)
+
+N, H, V = 37, 13, 101
+
+
+@dataclass(frozen=True)
+class SentenceProbability(TokenWeighting):
+    """A user's weighting of sequence scope."""
+
+    scope = "sequence"
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.sequence_mean(tokens.logp).exp()
+
+
+@dataclass(frozen=True)
+class Spread(TokenTarget):
+    """A user's target that wants a statistic, too."""
+
+    needs = frozenset({"entropy", "ref_logp"})
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.need("entropy")
+
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+        return (tokens.need("ref_logp").exp() * tokens.need("entropy"))[:, None] * (0.5 * logp).exp()
+
+
+ALL = [
+    ASFT(),
+    ASFT(0.7, "reverse"),
+    GEM(),
+    GEM(0.4, "logsigmoid"),
+    GIFT(),
+    GIFT(2.0),
+    LabelSmoothing(),
+    EntropyBonus(Uniform()),
+    EntropyBonus(DFT(0.1), 0.5),
+    EntropyBonus(SentenceProbability(), -0.2),
+    EntropyBonus(ASFT(), 0.3),
+    Spread(),
+]
+TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.6, softcap=4.0)]
+
+
+def problem(dtype=torch.float64, spread=1.0):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    leaves = [(spread * random(N, H)).to(dtype).requires_grad_(), random(V, H).to(dtype).requires_grad_()]
+    reference = ReferenceHead(random(N, H - 2).to(dtype), random(V, H - 2).to(dtype), LogitTransform(scale=1.3))
+    brought = {
+        "sequence": torch.arange(N) * 4 // N,
+        "factor": torch.rand(N, generator=generator, dtype=torch.float64) + 0.5,
+        "ref_logp": -5 * torch.rand(N, generator=generator, dtype=torch.float64),
+    }
+    return leaves, torch.randint(0, V, (N,), generator=generator), reference, brought
+
+
+def gradients(function, weighting, leaves, target, reference, brought, **options):
+    for leaf in leaves:
+        leaf.grad = None
+    loss, tokens = function(*leaves, target, weighting, reference=reference, **brought, **options)
+    (0.7 * loss).backward()
+    return loss.detach(), tokens, [leaf.grad.clone() for leaf in leaves]
+
+
+def relative(ours, truth):
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize("weighting", ALL, ids=repr)
+@pytest.mark.parametrize("chunk_rows", [1, 9, 1000])
+def test_equals_the_oracle(weighting, transform, chunk_rows, monkeypatch):
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 4 * V * 8)  # some blocks to a chunk
+    given = problem()
+    expected = gradients(dense_weighted_nll, weighting, *given, transform=transform)
+    got = gradients(weighted_nll, weighting, *given, transform=transform, chunk_rows=chunk_rows)
+    assert relative(got[0], expected[0]) < 1e-10
+    for ours, truth in zip(got[2], expected[2], strict=True):
+        assert relative(ours, truth) < 1e-10
+    for name, truth in expected[1].tensors().items():
+        torch.testing.assert_close(got[1].tensors()[name], truth, rtol=1e-9, atol=1e-12)
+
+
+def published(weighting: TokenWeighting, logp: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    """The loss of each token as it is published, by log-probabilities (N, V) of model and reference."""
+    own = logp.gather(1, target[:, None])[:, 0]
+    p = logp.exp()
+    match weighting:
+        case ASFT(strength, "forward"):
+            return -own.detach().exp() * own + strength * (ref.exp() * (ref - logp)).sum(1)
+        case ASFT(strength, "reverse"):
+            return -own.detach().exp() * own + strength * (p * (logp - ref)).sum(1)
+        case GEM(beta, h):
+            q = (logp.detach() / beta).softmax(1)
+            ahead = torch.sigmoid(0.01 * (logp - own[:, None])).detach() if h == "logsigmoid" else 1.0
+            return -(q * ahead * (own[:, None] - logp)).sum(1)
+        case GIFT(beta):
+            tilted = (ref + beta * F.one_hot(target, V)).softmax(1)
+            return -(tilted * logp).sum(1)
+        case LabelSmoothing(smoothing):
+            return F.cross_entropy(logp, target, label_smoothing=smoothing, reduction="none")
+        case EntropyBonus(_, strength):
+            return -own + strength * (p * logp).sum(1)
+    raise AssertionError(weighting)
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        ASFT(0.3),
+        ASFT(0.3, "reverse"),
+        GEM(),
+        GEM(0.4, "logsigmoid"),
+        GIFT(),
+        GIFT(3.0),
+        LabelSmoothing(0.2),
+        EntropyBonus(Uniform(), 0.4),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 15.0])
+def test_the_gradient_is_that_of_the_published_loss(weighting, spread):
+    """By autograd in float64; with the widest spread, p goes below 1e-30."""
+    leaves, target, reference, _ = problem(spread=spread)
+    logp = (leaves[0] @ leaves[1].T).log_softmax(1)
+    ref = reference.transform.forward_(reference.hidden @ reference.weight.T).log_softmax(1)
+    truth = torch.autograd.grad(published(weighting, logp, target, ref).sum(), leaves)
+    loss, _ = weighted_nll(*leaves, target, weighting, reference=reference, chunk_rows=8)
+    for ours, expected in zip(torch.autograd.grad(loss, leaves), truth, strict=True):
+        assert relative(ours, expected) < 1e-9
+    if spread == 15.0:
+        assert logp.gather(1, target[:, None]).min() < -69
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_reference_that_is_the_model_pulls_nowhere(direction):
+    leaves, target, _, _ = problem()
+    same = ReferenceHead(leaves[0].detach().clone(), leaves[1].detach().clone())
+    anchored = gradients(weighted_nll, ASFT(10.0, direction), leaves, target, same, {})
+    alone = gradients(weighted_nll, DFT(), leaves, target, None, {})
+    for ours, truth in zip(anchored[2], alone[2], strict=True):
+        assert relative(ours, truth) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("weighting", "other"),
+    [
+        (ASFT(0.0), DFT()),
+        (LabelSmoothing(0.0), Uniform()),
+        (EntropyBonus(DFT(), 0.0), DFT()),
+        (GIFT(200.0), Uniform()),
+    ],
+    ids=repr,
+)
+def test_identities(weighting, other):
+    leaves, target, reference, brought = problem()
+    ours = gradients(weighted_nll, weighting, leaves, target, reference, brought)
+    truth = gradients(weighted_nll, other, leaves, target, None, brought)
+    assert relative(ours[0], truth[0]) < 1e-12
+    torch.testing.assert_close(ours[1].weight, truth[1].weight, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(ours[2], truth[2], strict=True):
+        assert relative(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("weighting", ALL, ids=repr)
+def test_float32_is_as_good_as_float32_can_be(weighting):
+    """Bound as for token weights: 5e-6, some 40 units of rounding for sums over some hundred terms."""
+    expected = gradients(dense_weighted_nll, weighting, *problem())
+    got = gradients(weighted_nll, weighting, *problem(torch.float32), chunk_rows=16)
+    assert got[1].weight.dtype == torch.float32
+    for ours, truth in zip(got[2], expected[2], strict=True):
+        assert relative(ours, truth) < 5e-6
+
+
+@pytest.mark.parametrize("logits", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("weighting", [ASFT(), GEM(), LabelSmoothing(), EntropyBonus(Uniform())], ids=repr)
+def test_bfloat16_inputs(weighting, logits):
+    """The gradient by the logits, the products and the end result are each rounded to bfloat16, to 2^-9 of an element.
+
+    Together they stay below one unit, 2^-8 (DFT's own gradient here is off by 3.3e-3). With bfloat16 logits each of
+    these, up to some 10 nats, is off by up to 2^-9 of itself.
+    """
+    leaves, target, reference, brought = problem(torch.bfloat16)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = gradients(dense_weighted_nll, weighting, exact, target, reference, brought)
+    got = gradients(weighted_nll, weighting, leaves, target, reference, brought, logits=logits)
+    for ours, truth in zip(got[2], expected[2], strict=True):
+        assert relative(ours, truth) < (2.0**-8 if logits is None else 2.5e-2)
+
+
+@dataclass(frozen=True)
+class Elsewhere(TokenTarget):
+    """Every word but the given one."""
+
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+        return torch.ones_like(logp).scatter(1, tokens.target[:, None], 0.0)
+
+
+def test_a_weight_of_zero_leaves_the_targets():
+    """Rows whose own weight is zero are left out of the products of token weightings only."""
+    leaves, target, reference, _ = problem()
+    for weighting in (GIFT(0.0), Elsewhere()):
+        ours = gradients(weighted_nll, weighting, leaves, target, reference, {})
+        truth = gradients(dense_weighted_nll, weighting, leaves, target, reference, {})
+        for mine, theirs in zip(ours[2], truth[2], strict=True):
+            assert relative(mine, theirs) < 1e-10
+    assert not ours[1].weight.any()
+    assert ours[2][0].any()
+    tilted = gradients(weighted_nll, GIFT(0.0), leaves, target, reference, {})
+    assert relative(tilted[1].weight, reference_p(reference, target)) < 1e-10
+
+
+def reference_p(reference, target):
+    ref = reference.transform.forward_(reference.hidden @ reference.weight.T).softmax(1)
+    return ref.gather(1, target[:, None])[:, 0]
+
+
+def test_without_gradients_the_loss_is_the_same():
+    given = problem()
+    loss, _, _ = gradients(weighted_nll, EntropyBonus(SentenceProbability()), *given, chunk_rows=5)
+    with torch.no_grad():
+        leaves, target, reference, brought = given
+        alone, _ = weighted_nll(
+            *leaves, target, EntropyBonus(SentenceProbability()), reference=reference, chunk_rows=5, **brought
+        )
+    torch.testing.assert_close(alone, loss, rtol=1e-12, atol=0)
+
+
+def test_no_tokens():
+    leaves, target, reference, _ = problem()
+    none = ReferenceHead(reference.hidden[:0], reference.weight)
+    loss, tokens = weighted_nll(leaves[0][:0], leaves[1], target[:0], ASFT(), reference=none)
+    loss.backward()
+    assert loss == 0.0
+    assert len(tokens) == 0
+    assert not leaves[1].grad.any()
+
+
+def test_a_missing_or_other_reference_is_refused():
+    leaves, target, reference, _ = problem()
+    with pytest.raises(ValueError, match="ASFT needs the reference's distribution"):
+        weighted_nll(*leaves, target, ASFT())
+    with pytest.raises(ValueError, match=r"expected \(37, H\) and \(101, H\)"):
+        weighted_nll(*leaves, target, ASFT(), reference=ReferenceHead(reference.hidden[1:], reference.weight))
+
+
+@dataclass(frozen=True)
+class WrongShape(TokenTarget):
+    """Forgets the vocabulary."""
+
+    def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+        return tokens.logp
+
+
+def test_targets_of_another_shape_are_refused():
+    leaves, target, _, _ = problem()
+    with pytest.raises(ValueError, match=r"WrongShape.targets returned \(4,\); expected a weight a word, \(4, 101\)"):
+        weighted_nll(leaves[0][:4], leaves[1], target[:4], WrongShape())
+
+
+def test_no_more_than_some_chunks_are_held(monkeypatch):
+    """The largest tensor beside inputs and gradients has a chunk's rows, not all of them."""
+    largest = []
+    real = targets.TargetRows.__call__
+    monkeypatch.setattr(
+        targets.TargetRows, "__call__", lambda self, chunk, z: (largest.append(z.shape), real(self, chunk, z))[1]
+    )
+    given = problem()
+    gradients(weighted_nll, ASFT(), *given, chunk_rows=8)
+    assert max(shape[0] for shape in largest) == 8

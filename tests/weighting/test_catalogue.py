@@ -1,0 +1,79 @@
+"""The list of the weightings is what is in the package, and the README has it as it is."""
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import dft_lightning.weighting as package
+from dft_lightning.weighting.catalogue import cost, entries, markdown, url
+from dft_lightning.weighting.spec import from_spec, to_spec
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- weightings:begin -->", "<!-- weightings:end -->"
+GROUPS = [
+    "Functions of p",
+    "Of the whole distribution",
+    "Against a reference or an earlier policy",
+    "Of whole responses",
+]
+PUBLISHED = [entry for entry in entries() if entry.group in GROUPS]
+
+
+def by_name():
+    return {entry.name: entry for entry in entries()}
+
+
+def test_the_readme_has_the_tables_that_the_code_makes():
+    """If this is red: put the output of `dft weightings --markdown` between the marks."""
+    between = README.read_text().split(BEGIN)[1].split(END)[0]
+    assert between.strip() == markdown(entries()).strip()
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
+def test_each_says_what_it_is(entry):
+    assert entry.formula
+    assert "\n" not in entry.formula
+    assert inspect.getdoc(entry.cls)
+    assert getattr(package, entry.name) is entry.cls, "and can be imported from the package"
+    if entry.source is not None:
+        assert entry.source.link in inspect.getdoc(entry.cls), "the docstring cites it, too"
+        assert url(entry.source.link)
+    every = [field.name for field in fields(entry.cls)]
+    if every:
+        assert "Args:" in inspect.getdoc(entry.cls)
+        assert all(f"    {name}: " in inspect.getdoc(entry.cls) for name in every), "each field is explained"
+
+
+def test_each_published_one_has_its_source():
+    assert [entry.name for entry in PUBLISHED if entry.source is None] == ["Uniform"]
+
+
+def test_what_is_known_from_others_only_says_so():
+    third = {entry.name for entry in entries() if entry.source is not None and entry.source.third}
+    assert third == {"TALR", "InfoSFT", "Rho1", "CADFT"}
+    assert all("implementation" in inspect.getdoc(by_name()[name].cls) for name in third)
+
+
+def test_the_groups_in_their_order():
+    assert list(dict.fromkeys(entry.group for entry in entries()))[:4] == GROUPS
+    assert by_name()["TALR"].group == "Functions of p"
+
+
+def test_facts_of_some():
+    listed = by_name()
+    assert listed["DFT"].signature == "DFT(floor=0.0)"
+    assert listed["Thresholded"].signature == 'Thresholded(threshold, on="p", keep="top")'
+    assert listed["ImportanceWeighted"].scope == "sequence"  # a property, read from the defaults
+    assert listed["Rho1"].divisor == "tokens with w ≠ 0"
+    assert listed["DFT"].cost == "one pass"
+    assert listed["EAFT"].cost == "one pass; topk_entropy of the logits in the same pass"
+    assert listed["Rho1"].cost == "one more forward a step; one forward of the reference over the data, once, cached"
+    assert "frozen copy" in cost("token", {"ref_distribution"})
+
+
+@pytest.mark.parametrize("entry", PUBLISHED, ids=lambda entry: entry.name)
+def test_defaults_survive_a_checkpoint(entry):
+    weighting = entry.cls(0.3) if entry.name == "Thresholded" else entry.cls()
+    assert from_spec(to_spec(weighting)) == weighting
