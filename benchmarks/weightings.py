@@ -19,6 +19,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dft_lightning.weighting.catalogue import entries
+from dft_lightning.weighting.composition import Modifier
 
 OWN = '''"""A weighting of one's own."""
 
@@ -43,9 +44,22 @@ PRICE = ("tokens_per_second", "memory")
 BETWEEN = 4  # weightings from one run with Uniform to the next
 
 
+OPTIONS = {"Thresholded": {"threshold": "0.1"}}  # of fields without a default
+WITHOUT = {"Uniform", "DataWeighted"}  # the yardstick; and these rows have no weights
+
+
 def every_weighting() -> list[str]:
     """Names of all that the package has, and one of a user's."""
-    return [entry.name for entry in entries() if entry.name != "Uniform"] + ["my_weighting.Confident"]
+    return [entry.name for entry in entries() if entry.name not in WITHOUT] + ["my_weighting.Confident"]
+
+
+def options_of(name: str) -> list[str]:
+    """What a weighting's fields get: by default nothing; what is modified is DFT."""
+    chosen = dict(OPTIONS.get(name, {}))
+    cls = next((entry.cls for entry in entries() if entry.name == name), None)
+    if cls is not None and issubclass(cls, Modifier):
+        chosen["of"] = "DFT"
+    return [part for field, value in chosen.items() for part in (f"--model.weighting.{field}", value)]
 
 
 def fit(options: argparse.Namespace, weighting: str, run: Path) -> dict[str, Any]:
@@ -53,7 +67,17 @@ def fit(options: argparse.Namespace, weighting: str, run: Path) -> dict[str, Any
     data = ["--data", "PracticeDataModule"]
     if options.path:
         data = ["--data", "NuminaMathDataModule", "--data.path", str(Path(options.path).absolute())]
-    command = [sys.executable, "-m", "dft_lightning", "fit", "--run_dir", str(run), "--model.weighting", weighting]
+    command = [
+        sys.executable,
+        "-m",
+        "dft_lightning",
+        "fit",
+        "--run_dir",
+        str(run),
+        "--model.weighting",
+        weighting,
+        *options_of(weighting),
+    ]
     command += ["--model.model_name", options.model_name, *data, "--data.global_batch_size", str(options.rows)]
     command += ["--data.micro_batch_size", str(min(options.rows, 4)), "--data.max_length", str(options.max_length)]
     command += ["--trainer.max_steps", str(options.steps), "--trainer.precision", options.precision]

@@ -92,6 +92,7 @@ _CHOSEN: dict[str, dict[str, Any]] = {
     "Power": {"alpha": 2.0},
     "Thresholded": {"threshold": 0.011},
     "PSFT": {"window": 2},
+    "EntropyBonus": {"of": DFT()},
 }
 #: All others of the package as they are by default.
 OTHERS: list[TokenWeighting] = [
@@ -99,6 +100,7 @@ OTHERS: list[TokenWeighting] = [
     for entry in entries()
     if entry.cls not in {type(part) for known in WEIGHTINGS for part in nested(known)}
 ]
+OTHERS += [Renormalized(DFT())]
 QUICK: list[TokenWeighting] = [DFT(), ImportanceWeighted(), Median(), WEIGHTINGS[-2]]
 QUICK_OTHERS: list[TokenWeighting] = [ASFT(), PSFT(window=2), InfoSFT()]
 
