@@ -1,5 +1,6 @@
 """Weightings with a target over the vocabulary: against autograd of the published losses, and through both op paths."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -220,6 +221,34 @@ class Elsewhere(TokenTarget):
 
     def targets(self, tokens: TokenStats, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
         return torch.ones_like(logp).scatter(1, tokens.target[:, None], 0.0)
+
+
+LOGP = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+REF = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "gradient"),
+    [
+        # (w + Σq)·p − w·onehot − q: 0.9·(.5, .3, .2) − (.5, 0, 0) − 0.4·(.25, .5, .25)
+        (ASFT(0.4), [-0.15, 0.07, 0.08]),
+        # p − 0.7·onehot − 0.1 on each of three words
+        (LabelSmoothing(0.3), [-0.3, 0.2, 0.1]),
+        # q − onehot with q = p²/Σp² = (.25, .09, .04)/.38
+        (GEM(0.5), [-0.342105263, 0.236842105, 0.105263158]),
+        # p − q with q = (.75, .5, .25)/1.5, as the tilt triples the given word
+        (GIFT(math.log(3.0)), [0.0, -1 / 30, 1 / 30]),
+        # p − onehot + p·(ln p + H), H = 0.5·0.693147 + 0.3·1.203973 + 0.2·1.609438 = 1.029653
+        (EntropyBonus(Uniform(), 1.0), [-0.331747, 0.247704, 0.084043]),
+    ],
+    ids=repr,
+)
+def test_by_hand(weighting, gradient):
+    """Three words of probability .5, .3 and .2 (the reference's: .25, .5, .25), the first of which is given."""
+    logits, one = LOGP.clone().requires_grad_(), torch.eye(3, dtype=torch.float64)
+    loss, _ = weighted_nll(logits, one, torch.tensor([0]), weighting, reference=ReferenceHead(REF, one))
+    loss.backward()
+    torch.testing.assert_close(logits.grad[0].tolist(), gradient, rtol=0, atol=1e-6)
 
 
 def test_a_weight_of_zero_leaves_the_targets():
