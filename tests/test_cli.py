@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -457,14 +458,18 @@ class TestHelp:
 
     @pytest.mark.slow
     def test_it_comes_quickly(self):
-        """The overview within 1 s; a command's options within 2 s of what importing lightning alone takes."""
+        """The overview within 1 s; a command's options within 2 s of what importing lightning alone takes.
+
+        Of the processor's time: the machine may have other work.
+        """
 
         def seconds(*code):
             times = []
             for _ in range(3):
-                began = time.perf_counter()
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 subprocess.run([sys.executable, *code], check=True, capture_output=True)
-                times.append(time.perf_counter() - began)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             return min(times)
 
         assert seconds("-m", "dft_lightning", "--help") < 1.0
