@@ -115,6 +115,8 @@ class FineTuner(WeightedModule):
         """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
         data: Any = getattr(self.trainer, "datamodule", None)
         check_data_weights(self.weighting, data, stage)
+        if self.old_policy is not None:
+            self.old_policy.forget()  # of an earlier fit; that of a checkpoint comes after this
         if stage == "fit" and self.compile_layers:
             refuse_changing_shapes(data)
         if stage == "fit" and hasattr(data, "fixed_shape"):
@@ -155,14 +157,12 @@ class FineTuner(WeightedModule):
 
     def _begin_window(self, old: OldPolicy, step: int) -> None:
         """Have the policy, as it is now, look at what the window's steps will train on."""
-        data, now = cast("ChatDataModule", self.trainer.datamodule), self.trainer.global_step  # type: ignore[attr-defined]
-        last = min(now - now % old.window + old.window, self.total_steps)
-        steps = [divmod(step + further, data.sampler().steps) for further in range(last - now)]
-        batches = (
-            batch for epochs, number in steps for batch in data.step(self.trainer.current_epoch + epochs, number)
-        )
+        data, epoch = cast("ChatDataModule", self.trainer.datamodule), self.trainer.current_epoch  # type: ignore[attr-defined]
+        steps = old.steps(self.trainer.global_step, self.total_steps)
+        places = [divmod(step + further, data.sampler().steps) for further in range(len(steps))]
+        batches = (batch for epochs, number in places for batch in data.step(epoch + epochs, number))
         found = ((batch, self._network.logp(self._moved(batch), **self._head_options)) for batch in batches)
-        old.begin(now, found, self.trainer.world_size)
+        old.begin(steps, found, self.trainer.world_size)
 
     @property
     def seed(self) -> int:
@@ -282,11 +282,12 @@ class FineTuner(WeightedModule):
         if resume.CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by a training run of dft-lightning: start a new run")
         facts = checkpoint[resume.CHECKPOINT_KEY]
-        resume.refuse(facts["identity"], resume.identity(self), self.allow_changes)
+        now = resume.identity(self)
+        resume.refuse(facts["identity"], now, self.allow_changes)
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
         self.step.skipped.load(facts["skipped"])
-        if self.old_policy is not None and "old_policy" in facts:
+        if self.old_policy is not None and "old_policy" in facts and facts["identity"]["data"] == now["data"]:
             self.old_policy.load(facts["old_policy"])
         self._resumed = facts
 

@@ -52,8 +52,8 @@ def units(normalize: Normalize, batch: "Batch", divisor: "Divisor", weight: Tens
 
 
 def at_least_something(units: Tensor) -> Tensor:
-    """The divisor, or 1 where a step has nothing to divide by: its gradient is zero then."""
-    return torch.where(units == 0.0, 1.0, units)
+    """The divisor, or infinity where it is not above 0: nothing was counted, and the gradient becomes zero."""
+    return torch.where(units > 0.0, units, torch.inf)
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:

@@ -4,8 +4,8 @@ They are kept by row of the data set, so that a run which goes on in the middle 
 finds them again.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,19 +13,10 @@ from torch import Tensor
 
 from dft_lightning.errors import UserError
 from dft_lightning.weighting import TokenWeighting
+from dft_lightning.weighting.composition import nested
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
-
-
-def nested(weighting: TokenWeighting) -> Iterator[TokenWeighting]:
-    """The weighting, and all that it is made of."""
-    yield weighting
-    for each in fields(weighting):  # type: ignore[arg-type]  # a weighting is a dataclass: see `to_spec`
-        value = getattr(weighting, each.name)
-        for part in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(part, TokenWeighting):
-                yield from nested(part)
 
 
 def window_of(weighting: TokenWeighting) -> int:
@@ -34,9 +25,7 @@ def window_of(weighting: TokenWeighting) -> int:
     Raises:
         UserError: parts of the weighting have different windows, or one has none.
     """
-    windows = {
-        getattr(part, "window", None) for part in nested(weighting) if "old_logp" in part.needs and _is_leaf(part)
-    }
+    windows = {getattr(part, "window", None) for part in nested(weighting) if _compares(part)}
     if not windows:
         return 0
     if len(windows) > 1 or not all(isinstance(window, int) and window > 0 for window in windows):
@@ -47,8 +36,11 @@ def window_of(weighting: TokenWeighting) -> int:
     return int(windows.pop() or 0)
 
 
-def _is_leaf(weighting: TokenWeighting) -> bool:
-    return len(list(nested(weighting))) == 1
+def _compares(weighting: TokenWeighting) -> bool:
+    """Whether it compares with an old policy by itself, and not only by what is in it."""
+    inner = [part for part in nested(weighting) if part is not weighting]
+    by_itself = not any("old_logp" in part.needs for part in inner)
+    return "old_logp" in weighting.needs and (by_itself or hasattr(weighting, "window"))
 
 
 @dataclass
@@ -60,21 +52,31 @@ class OldPolicy:
     """
 
     window: int
-    start: int | None = None
-    """The optimizer step at which the present window began."""
+    start: int = 0
+    """The optimizer step from which on it is known."""
+    end: int = 0
+    """The optimizer step before which it is known."""
     values: dict[int, Tensor] = field(default_factory=dict)
     """log-probabilities (T_i,) of the supervised tokens of each row, on the CPU."""
 
     def is_due(self, step: int) -> bool:
-        """Whether a window begins with this optimizer step, or the one that is known is another."""
-        return self.start != step - step % self.window
+        """Whether none is known for this optimizer step."""
+        return not self.start <= step < self.end
 
-    def begin(self, step: int, found: Iterable[tuple["Batch", Tensor]], ranks: int) -> None:
-        """Take note of a window's micro-batches, and their log-probabilities (N,), of all ranks."""
+    def steps(self, step: int, total: int) -> range:
+        """The optimizer steps that share the policy of this one: to the end of its window, or of the run."""
+        return range(step, min(step - step % self.window + self.window, total))
+
+    def begin(self, steps: range, found: Iterable[tuple["Batch", Tensor]], ranks: int) -> None:
+        """Take note of some steps' micro-batches, and their log-probabilities (N,), of all ranks."""
         mine: dict[int, Tensor] = {}
         for batch, logp in found:
             mine.update(zip(batch.row.tolist(), torch.split(logp.cpu(), batch.counts), strict=True))
-        self.start, self.values = step - step % self.window, _of_all_ranks(mine, ranks)
+        self.start, self.end, self.values = steps.start, steps.stop, _of_all_ranks(mine, ranks)
+
+    def forget(self) -> None:
+        """The next step begins a window."""
+        self.start, self.end, self.values = 0, 0, {}
 
     def of(self, batch: "Batch") -> Tensor:
         """Those of a micro-batch's tokens (N,), on its device."""
@@ -87,16 +89,21 @@ class OldPolicy:
         rows = sorted(self.values)
         values = [self.values[row] for row in rows]
         return {
+            "window": self.window,
             "start": self.start,
+            "end": self.end,
             "rows": torch.tensor(rows, dtype=torch.int64),
             "counts": torch.tensor([len(value) for value in values], dtype=torch.int64),
             "values": torch.cat([torch.zeros(0), *values]),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on in the middle of a window."""
-        each = torch.split(state["values"], state["counts"].tolist())
-        self.start, self.values = state["start"], dict(zip(state["rows"].tolist(), each, strict=True))
+        """Go on in the middle of a window; of another length, it is begun anew."""
+        self.forget()
+        if state["window"] == self.window:
+            each = torch.split(state["values"], state["counts"].tolist())
+            self.start, self.end = state["start"], state["end"]
+            self.values = dict(zip(state["rows"].tolist(), each, strict=True))
 
 
 def _of_all_ranks(mine: dict[int, Tensor], ranks: int) -> dict[int, Tensor]:

@@ -22,6 +22,11 @@ def refuse(module: "FineTuner") -> None:
         raise UserError(f"weighting refused: {error}") from error
     if unknown := set(module.weighting.needs) & {"reward"}:
         raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
+    if "old_logp" in module.weighting.needs and module.lora is not None and module.lora.dropout > 0.0:
+        raise UserError(
+            f"{name} compares with an old policy, which has no dropout: with model.lora.dropout {module.lora.dropout} "
+            "ratios would be noise; set it to 0"
+        )
     if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
         raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")
     if module.reference == "adapter_off" and module.lora is None:

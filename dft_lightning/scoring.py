@@ -176,7 +176,9 @@ class WeightedModule(pl.LightningModule):
         if self.weighting.scope != "step":
             return [self.score(batch, wanted)[1] for batch in moved]
         tokens = [self._unweighted(batch, wanted) for batch in moved]
-        return [replace(part, weight=w) for part, w in zip(tokens, self._weigh_together(tokens), strict=True)]
+        weights = self._weigh_together(tokens)
+        known = zip(moved, tokens, weights, strict=True)
+        return [self._weighed(batch, part, weight, wanted)[1] for batch, part, weight in known]
 
     @torch.no_grad()
     def _unweighted(self, batch: "Batch", wanted: frozenset[str] = frozenset()) -> TokenStats:
@@ -190,7 +192,17 @@ class WeightedModule(pl.LightningModule):
             old_logp=self._old_logp(batch),
             **self._head_options,
         )
-        return by_row(replace(tokens, weight=None), batch)
+        return by_row(replace(tokens, weight=None, factor=token_factor(self.normalize, batch)), batch)
+
+    def _weighed(
+        self, batch: "Batch", tokens: TokenStats, weight: Tensor, wanted: frozenset[str]
+    ) -> tuple[Tensor, TokenStats]:
+        """Loss and tokens of a batch whose weights are known by now; targets over the vocabulary take another pass."""
+        if self.weighting.vocabulary:
+            loss, scored = self.score(batch, wanted, weight)
+            return loss, by_row(scored, batch)
+        factor = 1.0 if tokens.factor is None else tokens.factor
+        return -(weight * tokens.logp * factor).sum(), replace(tokens, weight=weight)
 
     def _weigh_together(self, parts: list[TokenStats]) -> list[Tensor]:
         return weigh_together(self.weighting, parts, self.trainer.world_size)
@@ -214,7 +226,8 @@ class WeightedModule(pl.LightningModule):
         """Under the old policy, (N,), where the weighting needs it; outside of training the policy is its own."""
         if "old_logp" not in self.weighting.needs:
             return None
-        if self.training and self.old_policy is not None:
+        if self.training:
+            assert self.old_policy is not None, "there is one where the weighting needs it"
             return self.old_policy.of(batch)
         return self._network.logp(batch, **self._head_options)
 
@@ -279,13 +292,12 @@ class WeightedModule(pl.LightningModule):
         """Log the test means."""
         self._log_means("test")
 
+    @torch.no_grad()
     def _log_means(self, stage: str) -> None:
         held, self._validated = self._validated, []
         weights = self._weigh_together([tokens for tokens, _ in held]) if held else []
         for (tokens, batch), weight in zip(held, weights, strict=True):
-            factor = token_factor(self.normalize, batch)
-            objective = -(weight * tokens.logp * (1.0 if factor is None else factor)).sum()
-            self._add_to_means(objective, replace(tokens, weight=weight), batch)
+            self._add_to_means(*self._weighed(batch, tokens, weight, frozenset({"rank"})), batch)
         self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 

@@ -29,7 +29,6 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
-from dft_lightning.old_policy import nested
 from dft_lightning.weighting import (
     ASFT,
     DFT,
@@ -48,6 +47,7 @@ from dft_lightning.weighting import (
     WarmUp,
 )
 from dft_lightning.weighting.catalogue import entries
+from dft_lightning.weighting.composition import nested
 
 GRADIENT, LOGGED, HALF = 1e-5, 2e-5, 2**0.5
 HALVES = ("bf16-mixed", "bf16-true")

@@ -10,8 +10,8 @@ import exactness
 import pytest
 
 import dft_lightning.weighting as package
-from dft_lightning.old_policy import nested
 from dft_lightning.weighting import TokenWeighting
+from dft_lightning.weighting.composition import nested
 
 HERE = Path(__file__).parent
 

@@ -14,11 +14,18 @@ from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.weighting import (
     ASFT,
     DFT,
+    TALR,
     EntropyBonus,
     ImportanceWeighted,
+    LabelSmoothing,
+    Mixed,
+    Renormalized,
+    Thresholded,
     TokenStats,
     TokenWeighting,
+    Uniform,
 )
+from dft_lightning.weighting.composition import Modifier
 
 ADAPTER = {"lora": LoRA(rank=4)}
 
@@ -179,13 +186,69 @@ class TestTheOldPolicy:
         with pytest.raises(UserError, match="1 or more"):
             window_of(Ratio(0))
 
+    def test_a_modifier_of_ones_own_has_a_window_too(self, model_dir, rows_file):
+        """It is no leaf, and its part needs no old policy."""
+        assert window_of(Trust(Uniform(), 2)) == 2
+        module, _, _ = fit(model_dir, rows_file, Trust(Uniform(), 2), max_steps=2, kind=Watched)
+        first, second = (float((part.weight - 1.0).abs().max()) for part in module.seen)
+        assert first == 0.0
+        assert second > 1e-6
+
+    @pytest.mark.parametrize(
+        ("then", "now", "allowed"),
+        [
+            ({"max_steps": 3}, {"max_epochs": 2, "max_steps": 6}, ()),
+            ({"max_epochs": 2, "max_steps": 6}, {"max_epochs": 2, "max_steps": 6, "window": 4}, {"weighting"}),
+            ({"max_epochs": 2, "max_steps": 6}, {"max_epochs": 2, "max_steps": 6, "data": {"seed": 9}}, {"data"}),
+        ],
+        ids=["longer", "another window", "another order"],
+    )
+    def test_where_it_does_not_reach_a_new_one_begins(self, model_dir, rows_file, tmp_path, then, now, allowed):
+        saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        fit(model_dir, rows_file, Ratio(5), callbacks=[saving], enable_checkpointing=True, **then)
+        now = dict(now)
+        module, _, trainer = fit(
+            model_dir, rows_file, Ratio(now.pop("window", 5)), kind=Watched, allow_changes=frozenset(allowed),
+            ckpt_path=str(tmp_path / "saved" / "step=3.ckpt"), **now,
+        )  # fmt: skip
+        assert trainer.global_step == 6
+        assert torch.equal(module.seen[0].weight, torch.ones_like(module.seen[0].weight))
+
+    def test_a_second_fit_begins_with_its_own(self, model_dir, rows_file):
+        """The model has been trained meanwhile; against the first fit's policy its ratios would not be 1."""
+        module, _, _ = fit(model_dir, rows_file, Ratio(9), max_steps=2, kind=Watched)
+        trainer, data = module.trainer, module.trainer.datamodule
+        module.seen = []
+        again = type(trainer)(
+            accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
+        again.fit(module, data)
+        assert torch.equal(module.seen[0].weight, torch.ones_like(module.seen[0].weight))
+
+    def test_with_an_adapters_dropout_it_is_refused(self, model_dir, rows_file):
+        with pytest.raises(UserError, match="set it to 0"):
+            fit(model_dir, rows_file, Ratio(2), module={"lora": LoRA(rank=4, dropout=0.1)})
+
     def test_state(self):
-        old = OldPolicy(3, 6, {4: torch.tensor([-1.0, -2.0]), 2: torch.tensor([-0.5])})
+        old = OldPolicy(3, 6, 8, {4: torch.tensor([-1.0, -2.0]), 2: torch.tensor([-0.5])})
         other = OldPolicy(3)
         other.load(old.state())
-        assert other.start == 6
         assert {row: values.tolist() for row, values in other.values.items()} == {4: [-1.0, -2.0], 2: [-0.5]}
-        assert [other.is_due(step) for step in (5, 6, 8, 9)] == [True, False, False, True]
+        assert [other.is_due(step) for step in (5, 6, 7, 8)] == [True, False, False, True]
+        assert [list(other.steps(step, 11)) for step in (6, 8, 9)] == [[6, 7, 8], [8], [9, 10]]
+
+
+@dataclass(frozen=True)
+class Trust(Modifier):
+    """A part, times the ratio to the old policy."""
+
+    window: int = 2
+
+    own_needs = frozenset({"old_logp"})
+
+    def weights(self, tokens: TokenStats) -> torch.Tensor:
+        return self.of.weights(tokens) * (tokens.logp - tokens.need("old_logp")).exp()
 
 
 @dataclass(frozen=True)
@@ -235,3 +298,28 @@ def firsts(tokens):
     start = torch.ones_like(tokens.sequence, dtype=torch.bool)
     start[1:] = tokens.sequence[1:] != tokens.sequence[:-1]
     return start
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences", "micro_batch"])
+@pytest.mark.parametrize("inner", [Renormalized(DFT()), Thresholded(0.011)], ids=repr)
+def test_inside_a_modifier_the_divisor_is_the_same(model_dir, rows_file, inner, normalize):
+    """A modifier that changes nothing: outermost, the step is divided once; inside, the weights are, token by token."""
+    options = {"max_steps": 1, "module": {"normalize": normalize}, "data": {"micro_batch_size": 4}}
+    outer = fit(model_dir, rows_file, inner, **options)[1].gradients[0]
+    wrapped = fit(model_dir, rows_file, Mixed(inner, share=0.0), **options)[1].gradients[0]
+    assert relative(wrapped, outer) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [Mixed(LabelSmoothing(0.9), Renormalized(DFT()), share=1e-4), EntropyBonus(TALR(), 1.0)],
+    ids=["mixed", "bonus"],
+)
+def test_validation_has_the_targets_of_a_weighting_that_looks_at_whole_steps(model_dir, rows_file, weighting):
+    """The same rows to train and to validate on, in one step, and nothing learnt in between."""
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    data = {"global_batch_size": 26, "micro_batch_size": 7, "val_path": str(rows_file)}
+    _, _, trainer = fit(model_dir, rows_file, weighting, module=still, data=data)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for name in ("objective", "weight_mean", "nll"):
+        assert found[f"val/{name}"] == pytest.approx(found[f"train/{name}"], rel=1e-5)

@@ -95,6 +95,7 @@ def weighted_nll(
     if weighting.vocabulary:
         size *= 2 if reference is None else 3  # a gradient, and the reference's logits, of a chunk may lie beside
     transform = transform or LogitTransform()
+    asked = weight is None or weighting.vocabulary  # its targets are, though its weights may be known
     job = Job(
         weighting=weighting,
         target=targets,
@@ -104,7 +105,7 @@ def weighted_nll(
         factor=None if factor is None else factor.to(compute),
         transform=transform,
         known=None if weight is None else weight.detach().to(compute),
-        names=frozenset((set(weighting.needs if weight is None else ()) | set(wanted)) & DISTRIBUTION_STATISTICS),
+        names=frozenset((set(weighting.needs if asked else ()) | set(wanted)) & DISTRIBUTION_STATISTICS),
         chunk_rows=chunk_rows or default_rows(device, vocabulary, size=size),
         kept_rows=chunk_rows or default_rows(device, vocabulary, size=size, kept=True),
         precision=precision,
@@ -252,7 +253,7 @@ def _check(
     if unknown := set(brought) - BROUGHT_ALONG:
         raise ValueError(f"unknown keyword {sorted(unknown)}; a token can bring along {sorted(BROUGHT_ALONG)}")
     given = DISTRIBUTION_STATISTICS | {REF_DISTRIBUTION} | set(brought)
-    if weight is None and (missing := set(weighting.needs) - given):
+    if (weight is None or weighting.vocabulary) and (missing := set(weighting.needs) - given):
         raise ValueError(f"{name} needs {sorted(missing)}, which were not given")
     if wrong := {key: tuple(value.shape) for key, value in brought.items() if value.shape != targets.shape}:
         raise ValueError(f"got {wrong}; expected {tuple(targets.shape)}, one value a target")

@@ -17,7 +17,7 @@ from dft_lightning.logprob.rows import Found, Job, Weigh, block_rows, slices
 from dft_lightning.weighting.base import checked_targets
 
 #: Bytes of a block on a GPU; some ten tensors of this size are held at a time.
-_GPU_BLOCK_BYTES = 64 * 2**20
+GPU_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -61,35 +61,38 @@ class TargetRows:
         vocabulary = self.logits.shape[1]
         on_cpu = self.logits.device.type == "cpu"
         size = self.job.precision.compute.itemsize * vocabulary
-        self.size = block_rows(vocabulary, self.job.precision.compute) if on_cpu else max(1, _GPU_BLOCK_BYTES // size)
+        self.size = block_rows(vocabulary, self.job.precision.compute) if on_cpu else max(1, GPU_BLOCK_BYTES // size)
         other = self.gradient not in (None, self.logits.dtype)
         self.out = torch.empty_like(self.logits, dtype=self.gradient) if other else self.logits
         self.reference = None if self.head is None else torch.empty_like(self.logits)
+        # One tensor each for all blocks: small ones between large ones would keep their memory from being used again.
+        self.top, self.log_total = self.logits.new_empty((2, len(self.logits)), dtype=self.job.precision.compute)
 
     def __call__(self, chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Overwrites raw products (R, V); Σ sg(w)·n·log π + Σ n·q·log π of the rows, and their gradient (R, V)."""
         parts = list(slices(len(logits), self.size))
-        lse = torch.cat([self._score(chunk, part, logits[part]) for part in parts])
+        for part in parts:
+            self._score(chunk, part, logits[part])
         coefficient = self.job.coefficient(self.found.weigh(chunk, self.weigh), chunk)
-        reference = self._reference(chunk)
-        total = torch.stack(
-            [
-                self._finish(chunk, part, logits[part], lse[part], coefficient[part], _some(reference, part))
-                for part in parts
-            ]
-        ).sum()
+        reference, total = self._reference(chunk), torch.zeros_like(coefficient.sum())
+        for part in parts:
+            total += self._finish(chunk, part, logits[part], coefficient[part], _some(reference, part))
         return total, self.out[: len(logits)]
 
     def _logits(self, raw: Tensor) -> Tensor:
         """Logits (b, V) of raw products, in the compute precision, beside them."""
         return self.job.transform.forward_(raw.to(self.job.precision.compute, copy=True))
 
-    def _score(self, chunk: slice, part: slice, raw: Tensor) -> Tensor:
-        """Note log p and the statistics of a block, and return its log-sum-exp (b,)."""
+    def _score(self, chunk: slice, part: slice, raw: Tensor) -> None:
+        """Note log p, the statistics of a block, and what its log-softmax takes."""
         rows, z = _rows(chunk, part), self._logits(raw)
-        lse, target_logit = z.logsumexp(1), z.gather(1, self.job.target[rows, None])[:, 0]
-        self.found.put(rows, logp=target_logit - lse, **statistics(self.job.names, z, lse, target_logit))
-        return lse
+        top, log_total = self.top[part], self.log_total[part]
+        torch.amax(z, 1, out=top)
+        torch.log((z - top[:, None]).exp_().sum(1), out=log_total)
+        target_logit = z.gather(1, self.job.target[rows, None])[:, 0]
+        self.found.put(rows, logp=(target_logit - top) - log_total)
+        if self.job.names:
+            self.found.put(rows, **statistics(self.job.names, z, top + log_total, target_logit))
 
     def _reference(self, chunk: slice) -> Tensor | None:
         """The reference's raw products (R, V) of a chunk."""
@@ -101,18 +104,15 @@ class TargetRows:
         product_(out, states.forward, self.head.forward.T)
         return out
 
-    def _finish(
-        self, chunk: slice, part: slice, raw: Tensor, lse: Tensor, coefficient: Tensor, reference: Tensor | None
-    ) -> Tensor:
+    def _finish(self, chunk: slice, part: slice, raw: Tensor, coefficient: Tensor, reference: Tensor | None) -> Tensor:
         """Find a block's targets, put its gradient where it goes, and return its share of the weighted sum, ()."""
         job, rows = self.job, _rows(chunk, part)
         z = self._logits(raw)
-        logp = z - lse[:, None]
+        logp = (z - self.top[part, None]) - self.log_total[part, None]
         ref_logp = None
         if reference is not None and job.reference is not None:
             wide = reference.to(job.precision.compute, copy=True)
-            ref_logp = job.reference.transform.forward_(wide)
-            ref_logp -= ref_logp.logsumexp(1, keepdim=True)  # as above: equal logits are equal to the bit
+            ref_logp = _log_softmax(job.reference.transform.forward_(wide))
         q = checked_targets(job.weighting, self.found.stats(rows), logp, ref_logp)
         weight = self.found.values["weight"][rows]
         weight += q.gather(1, job.target[rows, None])[:, 0]  # all that the given word is worth
@@ -132,6 +132,12 @@ def target_gradient(p: Tensor, q: Tensor, coefficient: Tensor, logp: Tensor, tar
     grad = torch.addcmul(q.neg(), p, q.sum(1, keepdim=True))
     at_target = grad.gather(1, target) + (coefficient * torch.expm1(logp))[:, None]
     return grad.addcmul_(p, coefficient[:, None]).scatter_(1, target, at_target)
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    """As that of the model itself: for equal logits equal to the bit."""
+    top = z.amax(1, keepdim=True)
+    return (z - top) - (z - top).exp_().sum(1, keepdim=True).log_()
 
 
 def _rows(chunk: slice, part: slice) -> slice:

@@ -14,6 +14,8 @@ from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
 from dft_lightning.recomputation import Recomputation
+from dft_lightning.weighting import TokenWeighting
+from dft_lightning.weighting.base import REF_DISTRIBUTION
 
 GIB = 2**30
 #: What a CUDA context and the allocator's gaps take, beside the tensors: an assumption.
@@ -44,6 +46,7 @@ class Load:
         together: whether whole sequences are weighed together, so that the loss keeps their rows.
         fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
         compared: whether a frozen copy of the model is held as the reference.
+        targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
     """
 
     config: Any
@@ -62,6 +65,7 @@ class Load:
     together: bool = False
     fused: bool = False
     compared: bool = False
+    targets: int = 0
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
@@ -104,6 +108,11 @@ class Memory:
         }
 
 
+def targets_of(weighting: TokenWeighting) -> int:
+    """As `Load.targets`."""
+    return weighting.vocabulary * (1 + (REF_DISTRIBUTION in weighting.needs))
+
+
 def lightest(load: Load, kinds: Iterable[Recomputation] = KINDS) -> tuple[Recomputation | None, dict[str, Memory]]:
     """The first kind of recomputation with which the load fits its device (None if none does), and what each needs.
 
@@ -140,6 +149,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         accumulates=load.accumulates,
         narrow_logits=load.logits == "bfloat16",
         together=load.together,
+        targets=load.targets,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
@@ -151,7 +161,8 @@ def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
     """As `logprob` chooses them; where rows of a sequence are kept, as many as may be."""
     vocabulary = network.base.get_output_embeddings().weight.shape[0]
     narrow = load.logits == "bfloat16"
-    size = (2 + 4 * load.together) if narrow else 4
+    size = (2 + 4 * (load.together and not load.targets)) if narrow else 4
+    size *= 1 + load.targets
     if not load.cuda:
         return default_rows(torch.device("cpu"), vocabulary, size=size, kept=load.together)
     allowed: int = min(allowed_bytes("cuda", kept=load.together), max(load.capacity - taken, 0) // 4)

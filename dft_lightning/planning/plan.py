@@ -12,7 +12,7 @@ from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
-from dft_lightning.planning.memory import KINDS, Load, Memory, memory
+from dft_lightning.planning.memory import KINDS, Load, Memory, memory, targets_of
 from dft_lightning.planning.peaks import Device, product_of
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
@@ -127,6 +127,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         logits=module.logits,
         together=module.weighting.scope == "sequence",
         compared=module.reference_in_force == "copy",
+        targets=targets_of(module.weighting),
     )
     refuse_logits(module.logits, dtype, options.precision)
     refuse_attention(load.attention)

@@ -22,10 +22,12 @@ from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
+from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
 
+_TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 _ITSELF = (None, "eager", "sdpa")  # runs as it is
@@ -76,6 +78,7 @@ class Setting:
         accumulates: whether gradients of earlier micro-batches are there.
         narrow_logits: whether the loss holds logits in the products' precision.
         together: whether all rows of a chunk are weighed together.
+        targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
     """
 
     dtype: torch.dtype
@@ -87,6 +90,7 @@ class Setting:
     accumulates: bool
     narrow_logits: bool = False
     together: bool = False
+    targets: int = 0
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -235,7 +239,8 @@ class _LossHead(torch.autograd.Function):
             del rounded_weight
             rows = min(setting.chunk_rows, max(len(hidden), 1))
             logits = hidden.new_empty((rows, len(weight)), dtype=product if setting.narrow_logits else compute)
-            beside = _beside(logits, compute, narrow, setting)
+            aside = _of_targets if setting.targets else _beside
+            beside = aside(logits, compute, narrow, setting)
             states = hidden[:rows].to(product)
             factors += [states] if plain else [states.to(compute), states.to(narrow)]
             block = min(rows, block_rows(len(weight), compute))
@@ -253,6 +258,16 @@ class _LossHead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         scaled = [None if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (*scaled, None, None)
+
+
+def _of_targets(logits: Tensor, compute: torch.dtype, narrow: torch.dtype, setting: Setting) -> list[Tensor]:
+    """What `TargetRows` holds beside the logits (R, V): the gradient, the reference's logits, and some of a block."""
+    vocabulary = logits.shape[1]
+    size = GPU_BLOCK_BYTES // (compute.itemsize * vocabulary) if setting.cuda else block_rows(vocabulary, compute)
+    whole = [torch.empty_like(logits) for _ in range(setting.targets - 1)]
+    whole += [] if logits.dtype == narrow else [torch.empty_like(logits, dtype=narrow)]
+    block = min(len(logits), max(1, size)), vocabulary
+    return whole + [logits.new_empty(block, dtype=compute) for _ in range(_TARGET_BLOCKS)]
 
 
 def _beside(logits: Tensor, compute: torch.dtype, narrow: torch.dtype, setting: Setting) -> Tensor | None:

@@ -56,6 +56,8 @@ class TokenStats:
     """Reward or advantage of the token's sequence."""
     data_weight: Tensor | None = None
     """Weight that the data gives the token."""
+    factor: Tensor | None = None
+    """n_t, by what the token counts in the step's divisor; 1 if None. Known where whole steps are weighed together."""
     stop: Tensor | None = None
     """Whether the token ends its turn: the stop token of the chat template, bool."""
     weight: Tensor | None = None

@@ -10,6 +10,8 @@ from typing import Any
 
 import dft_lightning.weighting as package
 from dft_lightning.weighting.base import DISTRIBUTION_STATISTICS, REF_DISTRIBUTION, Source, TokenWeighting
+from dft_lightning.weighting.composition import Modifier
+from dft_lightning.weighting.likelihood import Uniform
 
 _OF_P, _MODIFIERS = "Functions of p", "Modifiers of another weighting"
 #: What the modules hold, in the order of the list; a module that is not named here comes last, under its own name.
@@ -149,7 +151,7 @@ def _table(listed: list[Entry]) -> str:
             f"`{entry.signature}`",
             entry.formula.replace("|", "\\|"),
             _cited(entry.source),
-            entry.scope or "as wrapped",
+            entry.scope or "as wrapped; step around another divisor",
             "as wrapped" if entry.needs is None else ", ".join(sorted(entry.needs)) or "–",
             entry.divisor,
         ]
@@ -183,4 +185,4 @@ def _of_defaults(cls: type[TokenWeighting], name: str) -> Any:
     try:
         return getattr(cls(), name)
     except (TypeError, ValueError):  # it has a field without a default
-        return None
+        return cls(of=Uniform()).divisor if name == "divisor" and issubclass(cls, Modifier) else None

@@ -3,8 +3,9 @@
 Shapes: N supervised tokens.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,18 +15,33 @@ from dft_lightning.weighting.base import Divisor, Scope, TokenStats, TokenWeight
 _WIDENING: tuple[Scope, ...] = ("token", "sequence", "step")
 
 
+def nested(weighting: TokenWeighting) -> Iterator[TokenWeighting]:
+    """The weighting, and all that it is made of."""
+    yield weighting
+    for part in held(weighting):
+        yield from nested(part)
+
+
+def held(weighting: TokenWeighting) -> list[TokenWeighting]:
+    """The weightings in its fields."""
+    values: list[Any] = [getattr(weighting, each.name) for each in fields(weighting)] if is_dataclass(weighting) else []
+    flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
+    return [part for part in flat if isinstance(part, TokenWeighting)]
+
+
 def unit_weights(part: TokenWeighting, tokens: TokenStats) -> Tensor:
     """A part's weights (N,) on the footing on which weightings can be put together: to be divided by all tokens.
 
     A part that is divided by the sum of its weights, or by the tokens it selects, has mean weight 1, over all tokens
-    or over those selected: its weights are multiplied by N over that divisor, of the whole optimizer step. Where that
-    is not above 0, they are 0.
+    or over those selected: its weights are multiplied by Σn over that divisor, Σn·w or Σn·1[w ≠ 0], of the whole
+    optimizer step. Where that is not above 0, they are 0.
     """
     weights = checked_weights(part, tokens)
     if part.divisor == "tokens":
         return weights
-    units = weights.sum() if part.divisor == "weights" else (weights != 0).sum()
-    return torch.where(units > 0, weights * len(tokens) / units, 0.0)
+    factor = torch.ones_like(weights) if tokens.factor is None else tokens.factor.to(weights)
+    units = (factor * (weights if part.divisor == "weights" else (weights != 0))).sum()
+    return torch.where(units > 0, weights * factor.sum() / units, 0.0)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from dft_lightning.weighting.base import (
     Divisor,
     Scope,
     TokenStats,
+    TokenTarget,
     TokenWeighting,
     checked_targets,
     checked_weights,
 )
-from dft_lightning.weighting.composition import Modifier
+from dft_lightning.weighting.composition import Modifier, held
 
 _SEQUENCES, _TOKENS_EACH, _VOCABULARY = 7, 9, 33
 #: Shares of training done at which a weighting, which may follow a schedule, is looked at.
@@ -40,11 +41,27 @@ def prove(weighting: TokenWeighting) -> None:
         raise ValueError(f"{name}.needs names {sorted(unknown)}; what a token can come with is {sorted(known)}")
     if weighting.divisor not in get_args(Divisor):
         raise ValueError(f"{name}.divisor is {weighting.divisor!r}; expected one of {', '.join(get_args(Divisor))}")
+    _prove_parts(weighting)
     for progress in (_HALFWAY, *_ELSEWHERE):
         _prove_weights(weighting, progress)
         if weighting.vocabulary:
             _prove_targets(weighting, progress)
     _prove_scopes(weighting)
+
+
+def _prove_parts(weighting: TokenWeighting) -> None:
+    """Refuse targets that would never be asked for, and parts whose targets or divisor would be dropped."""
+    name = type(weighting).__name__
+    if type(weighting).targets is not TokenWeighting.targets and not isinstance(weighting, TokenTarget | Modifier):
+        raise ValueError(f"{name} defines `targets`, which only a TokenTarget or a Modifier is asked for: subclass one")
+    for part in held(weighting):
+        inner = type(part).__name__
+        if not isinstance(weighting, Modifier) and (part.vocabulary or part.divisor != "tokens"):
+            raise ValueError(
+                f"{inner} inside {name} would lose its {'targets' if part.vocabulary else 'divisor'}: make {name} a "
+                "Modifier (dft_lightning.weighting.composition), and take `unit_weights` of its parts"
+            )
+        _prove_parts(part)
 
 
 def _prove_weights(weighting: TokenWeighting, progress: float) -> None:
@@ -57,6 +74,12 @@ def _prove_weights(weighting: TokenWeighting, progress: float) -> None:
     if not torch.isfinite(whole).all():
         worst = tokens.logp[~torch.isfinite(whole)][0].item()
         raise ValueError(f"{name}.weights is not finite at log p = {worst:.1f}: clamp it, or use torch.where")
+    if weighting.divisor == "weights" and bool((whole < 0).any()):
+        worst = tokens.logp[whole < 0][0].item()
+        raise ValueError(
+            f"{name} divides by the sum of its weights, and one is negative at log p = {worst:.1f}: clamp it, or "
+            "divide by the tokens"
+        )
 
 
 def _prove_scopes(weighting: TokenWeighting) -> None:
@@ -98,9 +121,10 @@ def _prove_targets(weighting: TokenWeighting, progress: float) -> None:
     """Refuse targets that are not finite, change their input, or depend on which rows are asked for together."""
     name = type(weighting).__name__
     tokens, logp, ref_logp = _target_sample(weighting, progress)
-    before = logp.clone()
+    given = [*tokens.tensors().values(), logp, *([] if ref_logp is None else [ref_logp])]
+    before = [tensor.clone() for tensor in given]
     whole = checked_targets(weighting, tokens, logp, ref_logp)
-    if not torch.equal(before, logp):
+    if not all(map(torch.equal, before, given)):
         raise ValueError(f"{name}.targets changes the tensors it is given: use operations that make new ones")
     if not torch.isfinite(whole).all():
         raise ValueError(f"{name}.targets is not finite: clamp it, or use torch.where")

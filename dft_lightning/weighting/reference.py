@@ -73,8 +73,8 @@ class PSFT(TokenWeighting):
 
     Zhu et al., "Proximal Supervised Fine-Tuning", arXiv 2508.17784: the gradient of −min(r, clamp(r, 0.8, 1 + clip)).
     A token that has become likelier by more than the clip since its window began gets nothing further. The lower clip
-    (0.2 in their settings) never acts at a positive advantage, so it is no field here. On a window's first step r is
-    1, and this is SFT.
+    (0.2 in their settings) never acts at a positive advantage, so it is no field here. Without dropout r is 1 on a
+    window's first step, and this is SFT.
 
     Args:
         clip: by how much the ratio may exceed 1, above 0.

@@ -51,7 +51,8 @@ class Thresholded(TokenWeighting):
     def weights(self, tokens: TokenStats) -> Tensor:
         p = tokens.p
         kept = p >= self.threshold if self.keep == "top" else p <= self.threshold
-        return kept * (p if self.on == "p" else torch.ones_like(p))
+        counted = p.clamp(min=torch.finfo(p.dtype).tiny)  # what is kept is counted, however unlikely
+        return kept * (counted if self.on == "p" else torch.ones_like(p))
 
 
 @dataclass(frozen=True)

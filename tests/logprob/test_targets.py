@@ -7,15 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dft_lightning.logprob import LogitTransform, ReferenceHead, dense_weighted_nll, rows, targets, weighted_nll
+from dft_lightning.logprob import LogitTransform, ReferenceHead, dense_weighted_nll, rows, weighted_nll
 from dft_lightning.weighting import (
     ASFT,
     DFT,
     GEM,
     GIFT,
+    TALR,
     EntropyBonus,
     LabelSmoothing,
+    Mixed,
     TokenStats,
     TokenTarget,
     TokenWeighting,
@@ -313,13 +316,44 @@ def test_targets_of_another_shape_are_refused():
         weighted_nll(leaves[0][:4], leaves[1], target[:4], WrongShape())
 
 
-def test_no_more_than_some_chunks_are_held(monkeypatch):
-    """The largest tensor beside inputs and gradients has a chunk's rows, not all of them."""
-    largest = []
-    real = targets.TargetRows.__call__
-    monkeypatch.setattr(
-        targets.TargetRows, "__call__", lambda self, chunk, z: (largest.append(z.shape), real(self, chunk, z))[1]
-    )
-    given = problem()
-    gradients(weighted_nll, ASFT(), *given, chunk_rows=8)
-    assert max(shape[0] for shape in largest) == 8
+class Largest(TorchDispatchMode):
+    """The most elements that any operation has made, leaving out those of the size of the head's gradient."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (V,):
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+def test_no_more_than_a_chunk_is_held():
+    """Whatever is as wide as the vocabulary has at most a chunk's rows."""
+    leaves, target, reference, _ = problem()
+    with Largest() as largest:
+        weighted_nll(*leaves, target, ASFT(), reference=reference, chunk_rows=16)
+    assert 0 < largest.most <= 16 * V
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_likely_tokens_keep_their_log_probability(shift):
+    """1 − p is about 1e-4 under logits of some 35 nats; taken off their log-sum-exp it would be lost to rounding."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn((N, V), generator=generator) + shift
+    logits[:, 0] = logits.logsumexp(1) + 9.0
+    one, target = torch.eye(V), torch.zeros(N, dtype=torch.long)
+    truth = dense_weighted_nll(logits, one, target, LabelSmoothing(0.0))[1].logp
+    for weighting in (LabelSmoothing(0.0), Uniform()):
+        ours = weighted_nll(logits, one, target, weighting)[1].logp
+        assert relative(ours, truth) < 2e-3  # what rounding the logits themselves to 2^-19 leaves of 1e-4
+
+
+def test_a_target_inside_a_step_scope_mixture_gets_its_statistics():
+    """The weights are known by then, but the targets are still to be asked for."""
+    leaves, target, _, brought = problem()
+    mixture, weight = Mixed(Spread(), TALR()), torch.rand(N, dtype=torch.float64)
+    loss, _ = weighted_nll(*leaves, target, mixture, weight=weight, **brought)
+    loss.backward()
+    assert leaves[0].grad.any()
