@@ -57,6 +57,8 @@ class Parser(LightningArgumentParser):
         text = " ".join(message.split())
         if unknown := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
             text = class_hint(*unknown.groups()) or text
+        if text.endswith("the following arguments are required: of"):
+            text += ": name the weighting that is modified, as in --model.weighting.of DFT"
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")
 

@@ -62,6 +62,12 @@ def units_of(sums: Tensor) -> Tensor:
     return sums[_NAMES.index("units")]
 
 
+def nothing_weighs(sums: Tensor) -> bool:
+    """Whether there are tokens, and all their weights are 0; sums on the host."""
+    sum_of = dict(zip(_NAMES, sums.tolist(), strict=True))
+    return bool(sum_of["tokens"] > 0 and sum_of["weight_squared"] == 0.0)
+
+
 class TokenMeans(Metric):
     """Token-weighted means over all rows of a validation set and all ranks."""
 

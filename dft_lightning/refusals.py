@@ -28,7 +28,9 @@ def refuse(module: "FineTuner") -> None:
             "ratios would be noise; set it to 0"
         )
     if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
-        raise UserError(f"{name} wants the reference's distributions, and a cache holds single tokens': use 'copy'")
+        raise UserError(
+            f"{name} wants the reference's distributions; a cache holds single log-probabilities: use 'copy'"
+        )
     if module.reference == "adapter_off" and module.lora is None:
         raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):

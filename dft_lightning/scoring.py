@@ -21,8 +21,9 @@ from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.step_weights import by_row, weigh_together
-from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting import Exempt, TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import REF_DISTRIBUTION
+from dft_lightning.weighting.composition import nested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,13 @@ def refuse_logits(logits: str, dtype: torch.dtype, precision: str) -> None:
             f"model.logits is bfloat16, but the products are in {dtype}: leave it out, or set trainer.precision to "
             "bf16-true or bf16-mixed"
         )
+
+
+def refuse_ids(weighting: TokenWeighting, vocabulary: int) -> None:
+    """Exempt ids that no token can have would be passed over."""
+    for part in nested(weighting):
+        if isinstance(part, Exempt) and (wrong := [each for each in part.token_ids if each >= vocabulary]):
+            raise UserError(f"Exempt.token_ids has {wrong}; the model's vocabulary has {vocabulary:,} ids, from 0 on")
 
 
 def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
@@ -117,6 +125,7 @@ class WeightedModule(pl.LightningModule):
         self.source.dtype = self._weights_dtype()
         refuse_logits(self.logits, self.source.dtype, str(self.trainer.precision) if self._trainer else "")
         self.network = WeightedLM(self.initial_model())
+        refuse_ids(self.weighting, self.network.base.get_output_embeddings().weight.shape[0])
         self.is_initial = True
 
     def initial_model(self) -> Any:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dft_lightning.metrics import token_means, token_sums, units_of
+from dft_lightning.metrics import nothing_weighs, token_means, token_sums, units_of
 from dft_lightning.nonfinite import SkippedSteps
 from dft_lightning.normalizer import Normalize, at_least_something, scale_gradients, units
 
@@ -31,6 +32,7 @@ class StepInTheMaking:
     def __init__(self, normalize: Normalize, divisor: "Divisor", max_skipped: int) -> None:
         self.normalize, self.divisor, self.skipped = normalize, divisor, SkippedSteps(max_skipped)
         self._sums: Tensor | None = None
+        self._told_of_nothing = False
         self._norm = torch.zeros(())
         self.wishes: dict[str, Callable[[], bool]] = {}
         """Asked on each rank at each step, by name; what any rank wishes is in `wished` on all of them."""
@@ -77,6 +79,9 @@ class StepInTheMaking:
         self.wished = frozenset(name for name, wish in zip(self.wishes, wishes.tolist(), strict=True) if wish)
         loss, norm = float(token_means(self._sums)["objective"]), float(self._norm)
         finite = math.isfinite(loss) and math.isfinite(norm)
+        if not self._told_of_nothing and nothing_weighs(self._sums):
+            self._told_of_nothing = True
+            rank_zero_warn(f"all weights of step {trainer.global_step + 1} are 0: nothing is learnt from it")
         self.skipped.judge(finite, trainer, {} if finite else {"norm": norm, "loss": loss})
         if not finite:
             for parameter in given:

@@ -285,9 +285,11 @@ class TestTheDivisor:
         if normalize == "tokens":
             assert objective == pytest.approx(float(truth), rel=1e-5)
 
-    def test_a_step_without_any_weight_changes_nothing(self, model_dir, rows_file):
+    def test_a_step_without_any_weight_changes_nothing(self, model_dir, rows_file, recwarn):
         module, recorder, _ = fit(model_dir, rows_file, LikelyOnly(1.1), max_steps=2)
         assert len(recorder.gradients) == 2
+        said = [str(warning.message) for warning in recwarn if "nothing is learnt" in str(warning.message)]
+        assert said == ["all weights of step 1 are 0: nothing is learnt from it"]
         assert not torch.cat(recorder.gradients).any()
         fresh = module.initial_model().state_dict()
         assert all(torch.equal(tensor, fresh[name]) for name, tensor in module.model.state_dict().items())

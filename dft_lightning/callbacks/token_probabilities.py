@@ -19,6 +19,7 @@ from dft_lightning.callbacks.looks.writing import LAYOUT
 from dft_lightning.callbacks.throughput import not_training
 from dft_lightning.errors import UserError
 from dft_lightning.token_classes import class_of, token_texts
+from dft_lightning.weighting.spec import label
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -144,7 +145,7 @@ class TokenProbabilities(Callback):
             self.start = Start(step, probe.sources, probe.fingerprint, seen.probe.shares(), seen.logp)
         if writer is None:
             return
-        report = Report(writer, seen, self.start, probe, self._texts, repr(module.weighting), step)
+        report = Report(writer, seen, self.start, probe, self._texts, label(module.weighting), step)
         report.numbers()
         if self.figure:
             report.figure()

@@ -45,9 +45,12 @@ def main(args: Sequence[str]) -> int:
         else:
             path, options = _without_plot(given[1:])
             print(explanation(given[0], options, path))
+        sys.stdout.flush()
     except UserError as error:
         print(f"dft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -72,8 +75,9 @@ def explanation(name: str, options: Sequence[str] = (), path: Path | None = None
     from dft_lightning.explain.find import find
 
     entry = find(name)
-    parts = [f"{entry.signature}  ({entry.group})", inspect.getdoc(entry.cls) or "no docstring", _facts(entry)]
     made = _made(entry, options)
+    known = None if isinstance(made, str) else made
+    parts = [f"{entry.signature}  ({entry.group})", inspect.getdoc(entry.cls) or "no docstring", _facts(entry, known)]
     if isinstance(made, str):
         if path is not None:
             raise UserError(f"no plot of {entry.name}: {made}")
@@ -89,7 +93,10 @@ def _markdown() -> str:
     return markdown(entries())
 
 
-def _facts(entry: "Entry") -> str:
+def _facts(entry: "Entry", made: "TokenWeighting | None") -> str:
+    """What there is to say; scope, needs, divisor and cost of the one that was made, where there is one."""
+    from dft_lightning.weighting.catalogue import DIVIDED_BY, cost
+
     source = entry.source
     facts = {"w": entry.formula, "source": _cited(entry)}
     if source is not None:
@@ -100,6 +107,10 @@ def _facts(entry: "Entry") -> str:
         "divided by": entry.divisor,
         "cost": entry.cost,
     }
+    if made is not None:
+        needs = ", ".join(sorted(made.needs)) or "log p only"
+        own = {"scope": made.scope, "needs": needs, "divided by": DIVIDED_BY[made.divisor]}
+        facts |= own | {"cost": cost(made.scope, made.needs)}
     return "\n".join(_wrapped(name, text) for name, text in facts.items() if text)
 
 

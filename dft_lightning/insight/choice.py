@@ -1,16 +1,18 @@
 """Weightings as the user names them: a short name, file.Class, or class_path and init_args."""
 
 from argparse import ArgumentError
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from dft_lightning.cli import class_hint
+from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
 from dft_lightning.weighting import DFT, TokenWeighting, Uniform
 from dft_lightning.weighting.proof import prove
+from dft_lightning.weighting.spec import label
 
 
 def chosen(specs: list[Any] | None, configured: TokenWeighting) -> dict[str, TokenWeighting]:
@@ -21,11 +23,22 @@ def chosen(specs: list[Any] | None, configured: TokenWeighting) -> dict[str, Tok
     """
     if specs is None:
         usual = (configured, Uniform(), DFT(), DFT(floor=0.1))
-        return {label(weighting): weighting for weighting in usual if not why_not(weighting)}
+        return _by_label([weighting for weighting in usual if not why_not(weighting)])
     weightings = [weighting_of(spec, "weightings") for spec in specs]
     for weighting in weightings:
         refuse(weighting)
-    return {label(weighting): weighting for weighting in weightings}
+    return _by_label(weightings)
+
+
+def _by_label(weightings: list[TokenWeighting]) -> dict[str, TokenWeighting]:
+    """By what they are called; where two are called the same, the second by its module, too."""
+    named: dict[str, TokenWeighting] = {}
+    for weighting in weightings:
+        name = label(weighting)
+        if named.get(name, weighting) != weighting:
+            name = f"{type(weighting).__module__}.{name}"
+        named[name] = weighting
+    return named
 
 
 def weighting_of(spec: Any, option: str) -> TokenWeighting:
@@ -61,20 +74,6 @@ def _why(spec: Any, option: str, error: Exception) -> str:
     return f"--{option} {name!r}: {text[:300]}"
 
 
-def label(weighting: TokenWeighting) -> str:
-    """The class and those of its fields that are not at their defaults."""
-    name = type(weighting).__name__
-    if not is_dataclass(weighting):
-        return name
-    changed = []
-    for field in fields(weighting):
-        value = getattr(weighting, field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.init and not (default is not MISSING and value == default):
-            changed.append(f"{field.name}={label(value) if isinstance(value, TokenWeighting) else repr(value)}")
-    return f"{name}({', '.join(changed)})" if changed else name
-
-
 def why_not(weighting: TokenWeighting) -> str:
     """Why the weights cannot be told from one pass over the data; "" where they can."""
     name = type(weighting).__name__
@@ -87,6 +86,14 @@ def why_not(weighting: TokenWeighting) -> str:
     if weighting.vocabulary and weighting.scope != "token":
         return f"{name} has a target over the whole vocabulary, and looks at other tokens: one pass does not tell both"
     return ""
+
+
+def refuse_data(weightings: Iterable[TokenWeighting], configured: TokenWeighting, data: Any) -> None:
+    """As a fit refuses: data with weights that the configured weighting passes over; or none, where one needs them."""
+    check_data_weights(configured, data, "predict")
+    for weighting in weightings:
+        if "data_weight" in weighting.needs:
+            check_data_weights(weighting, data, "predict")
 
 
 def refuse(weighting: TokenWeighting) -> None:

@@ -8,9 +8,9 @@ from typing import Any, cast
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.insight.choice import chosen
+from dft_lightning.insight.choice import chosen, refuse_data
 from dft_lightning.insight.diagnosis import as_json, diagnose
-from dft_lightning.insight.files import write
+from dft_lightning.insight.files import writable, write
 from dft_lightning.insight.page import page
 from dft_lightning.insight.subject import Subject
 from dft_lightning.insight.terminal import show
@@ -41,6 +41,10 @@ class DiagnoseCommand(InsteadOfTraining):
         _refuse(config)
         subject = Subject.of(self.model, cast(ChatDataModule, self.datamodule), config.trainer)
         weightings = chosen(config.weightings, self.model.weighting)
+        target = Path(config.output) if config.output else self.run_dir / "diagnosis.html"
+        writable(target)
+        assert len(subject.rows)  # they are read here
+        refuse_data(weightings.values(), self.model.weighting, subject.data)
         console = Console()
         found = diagnose(
             subject,
@@ -49,7 +53,6 @@ class DiagnoseCommand(InsteadOfTraining):
             gradient_rows=config.gradient_rows,
             say=lambda text: console.print(text, highlight=False),
         )
-        target = Path(config.output) if config.output else self.run_dir / "diagnosis.html"
         write(target.with_suffix(".json"), json.dumps(as_json(found), indent=1))
         write(target, page(found))
         show(found, console)

@@ -140,6 +140,8 @@ def _facts(subject: Subject, sample: Sample) -> dict[str, str]:
         f"{len(sample.tokens):,} supervised tokens",
         "configured weighting": repr(weighting) + (f"; not compared: {reason}" if reason else ""),
         "normalised by": subject.module.normalize,
+        "before training": "the model is its own reference and earlier policy, and schedules are at their start: what "
+        "compares with a reference gives weight 1 here by construction",
     }
 
 

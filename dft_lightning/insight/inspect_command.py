@@ -11,12 +11,13 @@ from dft_lightning.data import ChatDataModule
 from dft_lightning.data.packing import Packed
 from dft_lightning.errors import UserError
 from dft_lightning.insight.ansi import By, render
-from dft_lightning.insight.choice import label, refuse, weighting_of
-from dft_lightning.insight.files import write
+from dft_lightning.insight.choice import refuse, refuse_data, weighting_of
+from dft_lightning.insight.files import writable, write
 from dft_lightning.insight.sample import Vocabulary
 from dft_lightning.insight.subject import Subject
 from dft_lightning.insight.view import batch_of, laid_out, lines, scores
 from dft_lightning.insight.view_page import view_page
+from dft_lightning.weighting.spec import label
 
 
 class InspectCommand(InsteadOfTraining):
@@ -47,12 +48,15 @@ class InspectCommand(InsteadOfTraining):
         weighting = self.model.weighting if config.weighting is None else weighting_of(config.weighting, "weighting")
         if not config.no_model:
             refuse(weighting)
+        target = Path(config.output) if config.output else self.run_dir / "inspect.html"
+        writable(target)
         layout = laid_out(subject, config.rows, config.first)
+        if not config.no_model:
+            refuse_data([weighting], weighting, subject.data)
         batch = batch_of(subject, layout)
         found = None if config.no_model else scores(subject, batch, weighting)
         shown = lines(subject, layout, batch, Vocabulary.of(self.model.tokenizer), found)
         facts = _facts(subject, None if config.no_model else label(weighting))
-        target = Path(config.output) if config.output else self.run_dir / "inspect.html"
         write(target, view_page(shown, facts, scored=found is not None))
         by: By = config.by or ("mask" if config.no_model else "p")
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
@@ -64,7 +68,7 @@ def _facts(subject: Subject, weighting: str | None) -> dict[str, str]:
     options, kind = subject.data.options, subject.data.layout
     facts = {"model": subject.module.source.name, "data": str(options.path or options.dataset)}
     if weighting is not None:
-        facts["weights"] = f"{weighting}, as if the rows shown were one optimizer step"
+        facts["weights"] = f"{weighting}, before training, as if the rows shown were one optimizer step"
     if isinstance(kind, Packed):
         facts["packing"] = f"rows of {kind.capacity:,} positions"
     return facts

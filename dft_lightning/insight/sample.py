@@ -3,7 +3,7 @@
 Shapes: N supervised tokens of the sample.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dft_lightning.data.store import TokenizedRows
 
 _STOP = CLASSES.index("stop")
+#: What stands for bytes that are no whole character; what is shown of them until it is whole; the most tokens of one.
+_CUT, _PART, _LONGEST = "\ufffd", "·", 8
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,36 @@ class Vocabulary:
     Args:
         texts: of each id.
         classes: (V,) number in `CLASSES` of each id.
+        decode: of ids to their text, for characters that several tokens make together.
     """
 
     texts: list[str]
     classes: Tensor
+    decode: Callable[[list[int]], str] | None = None
 
     @staticmethod
     def of(tokenizer: Any, size: int | None = None) -> "Vocabulary":
         """That of a tokenizer, for a head of so many rows."""
-        return Vocabulary(token_texts(tokenizer), class_of(tokenizer, size))
+        return Vocabulary(token_texts(tokenizer), class_of(tokenizer, size), tokenizer.decode)
 
     def text(self, token: int) -> str:
         """The text of an id; "" where the tokenizer knows none."""
         return self.texts[token] if token < len(self.texts) else ""
+
+    def texts_of(self, ids: list[int]) -> list[str]:
+        """The text of each token in a row of them; a character that several make stands with the last of these."""
+        shown: list[str] = []
+        begun: list[int] = []
+        for token in ids:
+            text = self.text(token)
+            begun = [*begun, token] if begun or _CUT in text else []
+            whole = self.decode(begun) if begun and self.decode is not None else text
+            if begun and _CUT in whole and len(begun) < _LONGEST:
+                text = _PART
+            elif begun:
+                text, begun = whole, []
+            shown.append(text)
+        return shown
 
     def stops(self, ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
         """Which tokens of a row end a turn that is learnt, (T,): special ones at the end of a supervised stretch."""

@@ -13,7 +13,7 @@ LOST = 0.01
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CURE = (
     "--model.weighting DFT --model.weighting.floor 0.1 (DFT's own floor, for all tokens), or the modifier "
-    "Exempt(of=DFT, stop=true), under which stop tokens keep weight 1"
+    "--model.weighting Exempt --model.weighting.of DFT, under which stop tokens keep weight 1"
 )
 
 

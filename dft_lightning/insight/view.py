@@ -175,5 +175,5 @@ def _document(rows: "TokenizedRows", index: int, origin: Any, tokens: list[Shown
 
 def _tokens(ids: np.ndarray, learnt: np.ndarray, vocabulary: Vocabulary) -> list[Shown]:
     stops = vocabulary.stops(ids, learnt)
-    columns = zip(ids.tolist(), learnt.tolist(), stops.tolist(), strict=True)
-    return [Shown(token, vocabulary.text(token), mask, stop) for token, mask, stop in columns]
+    columns = zip(ids.tolist(), vocabulary.texts_of(ids.tolist()), learnt.tolist(), stops.tolist(), strict=True)
+    return [Shown(token, text, mask, stop) for token, text, mask, stop in columns]

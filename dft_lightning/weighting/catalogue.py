@@ -26,7 +26,7 @@ _GROUPS = {
     "modifiers": _MODIFIERS,
     "mixing": _MODIFIERS,
 }
-_DIVIDED_BY = {"tokens": "tokens", "weights": "Σw", "selected": "tokens with w ≠ 0"}
+DIVIDED_BY = {"tokens": "tokens", "weights": "Σw", "selected": "tokens with w ≠ 0"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Entry:
     def divisor(self) -> str:
         """By what a step's sum is divided, in words."""
         divisor = _of_defaults(self.cls, "divisor")
-        return "as what it wraps" if divisor is None else _DIVIDED_BY[divisor]
+        return "as what it wraps" if divisor is None else DIVIDED_BY[divisor]
 
     @property
     def cost(self) -> str:

@@ -5,7 +5,7 @@ Checkpoints hold this form, since an object could only be pickled, and a checkpo
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from dft_lightning.weighting.base import TokenWeighting
@@ -30,6 +30,20 @@ def from_spec(spec: Mapping[str, Any]) -> TokenWeighting:
     if not (isinstance(cls, type) and issubclass(cls, TokenWeighting)):
         raise ValueError(f"{spec['class_path']!r} is not a TokenWeighting")
     return cls(**{key: _built(value) for key, value in spec.get("init_args", {}).items()})
+
+
+def label(weighting: TokenWeighting) -> str:
+    """The class and those of its fields that are not at their defaults."""
+    name = type(weighting).__name__
+    if not is_dataclass(weighting):
+        return name
+    changed = []
+    for field in fields(weighting):
+        value = getattr(weighting, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if field.init and not (default is not MISSING and value == default):
+            changed.append(f"{field.name}={label(value) if isinstance(value, TokenWeighting) else repr(value)}")
+    return f"{name}({', '.join(changed)})" if changed else name
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from dft_lightning.errors import UserError
-from dft_lightning.insight.choice import chosen, label, weighting_of
+from dft_lightning.insight.choice import _by_label, chosen, weighting_of
 from dft_lightning.weighting import (
     DFT,
     EntropyBonus,
@@ -14,6 +14,7 @@ from dft_lightning.weighting import (
     TokenWeighting,
     Uniform,
 )
+from dft_lightning.weighting.spec import label
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,21 @@ def test_what_is_no_weighting_is_refused_by_its_option(spec):
 def test_a_configured_weighting_that_cannot_be_compared_is_left_out():
     assert list(chosen(None, EntropyBonus(SentenceDFT()))) == ["Uniform", "DFT", "DFT(floor=0.1)"]
     assert list(chosen(None, DFT(0.5))) == ["DFT(floor=0.5)", "Uniform", "DFT", "DFT(floor=0.1)"]
+
+
+Ours = Uniform
+
+
+def test_two_of_the_same_name_are_both_compared():
+    @dataclass(frozen=True)
+    class Uniform(TokenWeighting):
+        """Not ours."""
+
+        def weights(self, tokens):
+            return tokens.p
+
+    assert list(_by_label([DFT(), Uniform(), Ours()])) == [
+        "DFT",
+        "Uniform",
+        "dft_lightning.weighting.likelihood.Uniform",
+    ]

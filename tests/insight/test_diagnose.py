@@ -233,7 +233,12 @@ def test_stop_tokens_and_the_warning(tmp_path, model_dir, rows_file):
     assert found["mean"] == pytest.approx(float(p.mean()), rel=CLOSE)
     assert found["quantiles"]["0.5"] == pytest.approx(float(p.median() if len(p) % 2 else p.quantile(0.5)), rel=CLOSE)
     assert float(p.quantile(0.5)) < 0.01
-    for part in ("p times SFT's", "--model.weighting.floor 0.1", "Exempt(of=DFT, stop=true)", "hardly"):
+    for part in (
+        "p times SFT's",
+        "--model.weighting.floor 0.1",
+        "--model.weighting Exempt --model.weighting.of DFT",
+        "hardly",
+    ):
         assert part in found["warning"]
 
 

@@ -1,5 +1,6 @@
 """The pictures, but for the solutions' heat maps: see `heatmap.py`."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 WEIGHT_LABELS = tuple(f"{low:g}" for low in WEIGHT_EDGES[:-1])
 
 
+def _wrapped(title: str) -> str:
+    """Within the picture: the names of nested weightings are long."""
+    return "\n".join(textwrap.wrap(title, 90))
+
+
 def draw(before: list[float], now: list[float], title: str, weighting: str, since: str = "before training") -> "Figure":
     """Per cent of tokens by bin of p, before under now, on a logarithmic axis."""
     figure = blank(8, 4)
@@ -40,7 +46,7 @@ def draw(before: list[float], now: list[float], title: str, weighting: str, sinc
     axes.set_xticks(places, P_LABELS, fontsize=8)
     axes.set_xlabel("probability that the model gives the token")
     axes.set_ylabel("% of the probe's supervised tokens")
-    axes.set_title(f"Token probabilities under {weighting}", fontsize=10)
+    axes.set_title(_wrapped(f"Token probabilities under {weighting}"), fontsize=10)
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     return figure
 
@@ -58,7 +64,7 @@ def draw_weights(tally: Tally, title: str) -> "Figure":
     over.set_ylabel("%", fontsize=9)
     over.tick_params(labelbottom=False)
     over.legend(loc="best", fontsize=8, frameon=False)
-    over.set_title(title, fontsize=10, loc="left")
+    over.set_title(_wrapped(title), fontsize=10, loc="left")
     _density(density, tally.density)
     density.set_xticks(places, P_LABELS, fontsize=7)
     rows = np.arange(len(CLASSES))
