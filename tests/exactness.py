@@ -91,6 +91,7 @@ _CHOSEN: dict[str, dict[str, Any]] = {
     "MixCE": {"eta": 0.3},
     "Power": {"alpha": 2.0},
     "Thresholded": {"threshold": 0.011},
+    "ProFit": {"threshold": 0.011},  # at the published 0.1 this model has no token left
     "PSFT": {"window": 2},
     "EntropyBonus": {"of": DFT()},
 }
