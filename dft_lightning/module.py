@@ -36,7 +36,7 @@ class FineTuner(WeightedModule):
 
     Args:
         model_name: a name on the hub, a local folder, or "smollm2-135m-instruct" for the embedded model.
-        weighting: what each token is worth: Uniform (SFT), DFT, ImportanceWeighted, or a class of your own.
+        weighting: what each token is worth: Uniform (SFT), DFT, another of `dft weightings`, or a class of your own.
         normalize: divide a step's loss by its supervised tokens, its sequences, or as the DFT paper's code does, by
             micro-batches (the gradient then depends on the micro-batch size).
         optimizer: any torch optimizer; the default is the DFT paper's.

@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 import torch
 
 from dft_lightning.errors import UserError
+from dft_lightning.weighting import Exempt, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
+from dft_lightning.weighting.composition import nested
 from dft_lightning.weighting.proof import prove
 
 if TYPE_CHECKING:
@@ -48,3 +50,10 @@ def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) 
             f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
             "late for clipping and logging: set fused to false, or take bf16"
         )
+
+
+def refuse_ids(weighting: TokenWeighting, vocabulary: int) -> None:
+    """Exempt ids that no token can have would be passed over."""
+    for part in nested(weighting):
+        if isinstance(part, Exempt) and (wrong := [each for each in part.token_ids if each >= vocabulary]):
+            raise UserError(f"Exempt.token_ids has {wrong}; the model's vocabulary has {vocabulary:,} ids, from 0 on")

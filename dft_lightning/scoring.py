@@ -6,7 +6,7 @@ Shapes: N supervised tokens of a micro-batch.
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,11 +19,12 @@ from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
+from dft_lightning.precision import refuse_logits, weights_dtype
 from dft_lightning.reference import initial_copy, prepare_reference
+from dft_lightning.refusals import refuse_ids
 from dft_lightning.step_weights import by_row, weigh_together
-from dft_lightning.weighting import Exempt, TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import REF_DISTRIBUTION
-from dft_lightning.weighting.composition import nested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,31 +32,6 @@ if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
 
 Reference = Literal["auto", "cache", "adapter_off", "copy"]
-
-
-def refuse_logits(logits: str, dtype: torch.dtype, precision: str) -> None:
-    """Logits in bfloat16 are refused where the products of weights in `dtype` are not in bfloat16."""
-    mixed = dtype == torch.float32 and precision == "bf16-mixed"
-    if logits == "bfloat16" and dtype != torch.bfloat16 and not mixed:
-        raise UserError(
-            f"model.logits is bfloat16, but the products are in {dtype}: leave it out, or set trainer.precision to "
-            "bf16-true or bf16-mixed"
-        )
-
-
-def refuse_ids(weighting: TokenWeighting, vocabulary: int) -> None:
-    """Exempt ids that no token can have would be passed over."""
-    for part in nested(weighting):
-        if isinstance(part, Exempt) and (wrong := [each for each in part.token_ids if each >= vocabulary]):
-            raise UserError(f"Exempt.token_ids has {wrong}; the model's vocabulary has {vocabulary:,} ids, from 0 on")
-
-
-def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
-    """In what the weights are held, by `model.dtype` and `trainer.precision`."""
-    if choice != "auto":
-        return cast(torch.dtype, getattr(torch, choice))
-    true = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-    return true.get(precision, torch.float32)
 
 
 class WeightedModule(pl.LightningModule):

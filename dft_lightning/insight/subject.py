@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
 from dft_lightning.models import WeightedLM
+from dft_lightning.precision import refuse_logits, weights_dtype
 from dft_lightning.recomputation import recompute
-from dft_lightning.scoring import refuse_logits, weights_dtype
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule

@@ -16,8 +16,8 @@ from dft_lightning.planning.memory import KINDS, Load, Memory, memory, targets_o
 from dft_lightning.planning.peaks import Device, product_of
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
+from dft_lightning.precision import refuse_logits, weights_dtype
 from dft_lightning.recomputation import Recomputation
-from dft_lightning.scoring import refuse_logits, weights_dtype
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
