@@ -35,6 +35,7 @@ GRADIENT = "tests/weighting/test_published.py::test_the_gradient_is_that_of_the_
 PACKED = "tests/weighting/test_published.py::test_packed_is_the_same_as_alone"
 HAND = "tests/weighting/test_formulas.py::test_by_hand"
 EDGES = "tests/weighting/test_formulas.py"
+SHARDING = "tests/sharding/test_"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
 SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
@@ -63,6 +64,15 @@ def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more
 
 
 FAULTS = [
+    fault(16, "the norm of a rank's part", "sharding/tensors.py", "_added_up(squares, dealt[0])", "squares", f"{SHARDING}refusals.py::test_on_two_ranks"),
+    fault(16, "copies of a part count twice", "sharding/tensors.py", "else Replicate() for", 'else Partial("sum") for', f"{SHARDING}fsdp2.py::test_copies_of_shards"),
+    fault(0, "rotary frequencies are not sent", "sharding/loading.py", "    _send_buffers(network, read)", "    pass", f"{SHARDING}fsdp2.py::test_buffers_that_no_state_has_are_those_of_the_reader"),
+    fault(10, "what is brought along is rounded to bfloat16", "sharding/layers.py", "cast_forward_inputs=False", "cast_forward_inputs=True",
+          f"{SHARDING}fsdp2.py::test_statistics_and_what_is_brought_along_stay_in_float32"),
+    fault(21, "a resumed optimizer has the state of a new one", "sharding/strategy.py", "like(parameters[index], value) if", "like(parameters[index], value * 0) if",
+          f"{SHARDING}fsdp2.py::TestACheckpoint"),
+    fault(22, "the fingerprint of a rank's part", "reference.py", "full = whole(tensor.detach())", "full = part(tensor.detach())",
+          f"{SHARDING}fsdp2.py::test_the_reference_has_one_fingerprint_on_any_number_of_ranks", ("import whole\n", "import part\n")),
     fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
           ('{"tokens": sum(batch.counts),', '{"tokens": min(sum(batch.counts), 1),')),
     fault(2, "divided again", "step.py", SCALE, f"{SCALE}.square()", FORMULA),

@@ -5,8 +5,9 @@ Every rank has its own micro-batches, as in data parallelism, and a part of each
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -59,7 +60,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super()._setup_distributed()
         self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
 
-    @property
+    @cached_property
     def mesh(self) -> DeviceMesh:
         """The ranks that weights are dealt over: all, or `replicate` times `shard` of them."""
         shard = self.shard or self.world_size // self.replicate
@@ -82,18 +83,15 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"trainer.precision is {precision}, and trainer.strategy.compute too chooses what is computed in: set "
                 "trainer.precision 32-true, to hold the weights in float32, or leave compute out"
             )
-        mesh = self.mesh
         return load(
             lambda empty: self._held(build(empty)),
-            lambda network: shard(network, mesh, self.compute, self.prefetch),
+            lambda network: shard(network, self.mesh, self.compute, self.prefetch),
             self.root_device,
         )
 
     def _held(self, network: WeightedLM) -> WeightedLM:
         """The network in the precision that it is held in: that of all parameters of a group has to be one."""
-        converted: Any = self.precision_plugin.convert_module(network)
-        network = converted
-        return network
+        return cast(WeightedLM, self.precision_plugin.convert_module(network))
 
     # -- checkpoints: whole and in one file, restored before the strategy is set up, as by others ---------------------
 

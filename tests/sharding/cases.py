@@ -59,6 +59,12 @@ COMPILED = {"compiled": Case(module={"compile": True}, data={"micro_batch_size":
 #: In bfloat16, to the bounds of which are others.
 HALF = {
     "computed in bfloat16": Case(strategy={"compute": "bfloat16"}, trainer={"max_steps": 1}),
+    "computed in bfloat16, sequences": Case(
+        ImportanceWeighted(),
+        module={"normalize": "sequences"},
+        strategy={"compute": "bfloat16"},
+        trainer={"max_steps": 1},
+    ),
     "held in bfloat16": Case(trainer={"max_steps": 1, "precision": "bf16-true"}),
     "held in bfloat16, LoRA": Case(module=ADAPTER, trainer={"max_steps": 1, "precision": "bf16-true"}),
 }
@@ -107,6 +113,7 @@ def outcome(folder: Path, case: Case, ranks: int = 1, sharded: bool = False, **m
         "logged": logged,
         "weights": weights,
         "buffers": {name: value.clone() for name, value in module.network.named_buffers()},
+        "statistics": {str(value.dtype) for value in module.trained_on.tensors().values() if value.is_floating_point()},
         "held": held / sum(value.numel() for value in weights.values()),
         "fingerprint": fingerprint(module.network),
         "reference": module.reference_weights,

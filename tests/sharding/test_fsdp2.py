@@ -103,6 +103,10 @@ def test_computed_in_bfloat16_from_float32_weights(sharded, folder):
     assert kinds == {torch.float32}
 
 
+def test_statistics_and_what_is_brought_along_stay_in_float32(sharded):
+    assert sharded["computed in bfloat16, sequences"]["statistics"] == {"torch.float32"}
+
+
 @pytest.mark.parametrize("name", ["held in bfloat16", "held in bfloat16, LoRA"])
 def test_held_in_bfloat16(sharded, alone, folder, name):
     """Each gradient entry is rounded to 8 bits once more where ranks add up, and once where micro-batches do."""
