@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dft_lightning.errors import UserError
 from dft_lightning.recomputation import layers_of
@@ -53,7 +54,11 @@ def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextMa
     try:
         with torch.enable_grad(), precision:
             loss, _ = network(batch, Uniform())
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        if isinstance(network, FSDPModule):  # its parameters are not those of the graph
+            loss.backward()
+            network.zero_grad()
+        else:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # dynamo, inductor and the compilers below them share no class of error

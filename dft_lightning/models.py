@@ -15,6 +15,7 @@ from dft_lightning import embedded, varlen
 from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
+from dft_lightning.logits import splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
@@ -71,24 +72,29 @@ def loading(what: str, source: ModelSource) -> Iterator[None]:
         ) from error
 
 
-def load_model(source: ModelSource) -> Any:
+def load_model(source: ModelSource, *, empty: bool = False) -> Any:
     """The causal language model (a `PreTrainedModel`), in training mode.
+
+    Args:
+        empty: without reading weights: to be called with the meta device as torch's own, it is a shape alone.
 
     Raises:
         UserError: it cannot be found or read, or does not know the attention implementation.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     varlen.register()
+    auto: Any = AutoModelForCausalLM
 
+    place: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    kind: dict[str, Any] = {"dtype": source.dtype, "attn_implementation": source.attn_implementation}
     with loading("weights", source):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.path(),
-            dtype=source.dtype,
-            attn_implementation=source.attn_implementation,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
+        model: Any
+        if empty:
+            config = AutoConfig.from_pretrained(source.path(), **place)
+            model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **kind)
+        else:
+            model = auto.from_pretrained(source.path(), **kind, **place)
     return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
 
 
@@ -158,7 +164,9 @@ class WeightedLM(nn.Module):
         for name, buffer in before.items():
             owner, _, own = name.rpartition(".")
             module = self.get_submodule(owner)
-            module._buffers[own] = buffer.to(self.get_buffer(name).device)
+            now = self.get_buffer(name)
+            if now.is_meta or not buffer.is_meta:  # else it has just been given its memory
+                module._buffers[own] = buffer.to(now.device)
         return self
 
     @property
@@ -265,7 +273,7 @@ class WeightedLM(nn.Module):
                 f"the output head of {kind} is a {type(head).__name__}; a plain linear layer was expected. With LoRA, "
                 "leave the head (lm_head) out of --model.lora.target_modules"
             )
-        if self.base.device.type != "meta" and not _splits(self, head):
+        if self.base.device.type != "meta" and not splits(self, head):
             raise UserError(
                 f"{kind} does something to its logits beyond head bias, logit scale and soft-cap, so its "
                 "log-probabilities would be wrong here: this model is not supported"
@@ -278,20 +286,3 @@ def _logit_transform(config: Any) -> LogitTransform:
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
     return LogitTransform(None, float(scale), getattr(text, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
-def _splits(network: WeightedLM, head: nn.Linear) -> bool:
-    """Whether backbone, head and transform give the model's own logits on eight tokens.
-
-    Both sides round alike but for the order of sums, so 32 units of rounding of the largest logit are generous.
-    """
-    training = network.training
-    network.eval()
-    ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    wide = torch.promote_types(head.weight.dtype, torch.float32)
-    own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
-    states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = network._transform_of(head).forward_((states @ head.weight.T).to(wide))
-    network.train(training)
-    return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))

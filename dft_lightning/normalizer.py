@@ -8,7 +8,7 @@ rounding.
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -56,9 +56,8 @@ def at_least_something(units: Tensor) -> Tensor:
     return torch.where(units > 0.0, units, torch.inf)
 
 
-def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:
+def scale_gradients(gradients: list[Tensor], factor: Tensor) -> None:
     """Multiply the gradients by a scalar that stays on the device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         wide = torch.promote_types(gradients[0].dtype, torch.float32)  # the factor is not rounded to bfloat16
         torch._foreach_mul_(gradients, factor.to(wide))

@@ -18,6 +18,8 @@ from torch import nn
 
 from dft_lightning.embedded import cache_dir
 from dft_lightning.models import WeightedLM
+from dft_lightning.sharding.initial import initial_network
+from dft_lightning.sharding.tensors import whole
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -70,7 +72,7 @@ def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: 
     assert network is not None
     if not module.is_initial:
         rank_zero_info("Loading the initial model beside the present one, for the reference log-probabilities")
-        network = WeightedLM(module.initial_model().to(module.device))
+        network = initial_network(module, frozen=True)
     weights = fingerprint(network)
     module.set_reference(weights)
     for stage in stages:
@@ -82,7 +84,7 @@ def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: 
 def initial_copy(module: "WeightedModule") -> WeightedLM:
     """The initial model once more, frozen: for a reference whose distributions over the vocabulary are wanted."""
     rank_zero_info("Loading the initial model a second time, frozen, as the reference")
-    network = WeightedLM(module.initial_model().to(module.device)).requires_grad_(False).eval()
+    network = initial_network(module, frozen=True)
     module.set_reference(fingerprint(network))
     return network
 
@@ -97,7 +99,8 @@ def fingerprint(network: nn.Module) -> str:
         if "lora_" in name:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        full = whole(tensor.detach()).cpu().contiguous()
+        digest.update(full.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from dft_lightning.old_policy import OldPolicy
 from dft_lightning.precision import refuse_logits, weights_dtype
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
+from dft_lightning.sharding.initial import initial_network, refuse_strategy
 from dft_lightning.step_weights import by_row, weigh_together
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import REF_DISTRIBUTION
@@ -98,15 +99,16 @@ class WeightedModule(pl.LightningModule):
         """Load the model, once."""
         if self.network is not None:
             return
+        refuse_strategy(self._trainer)
         self.source.dtype = self._weights_dtype()
         refuse_logits(self.logits, self.source.dtype, str(self.trainer.precision) if self._trainer else "")
-        self.network = WeightedLM(self.initial_model())
+        self.network = initial_network(self)
         refuse_ids(self.weighting, self.network.base.get_output_embeddings().weight.shape[0])
         self.is_initial = True
 
-    def initial_model(self) -> Any:
-        """The model as it is before any training, adapters included."""
-        model = load_model(self.source)
+    def initial_model(self, *, empty: bool = False) -> Any:
+        """The model as it is before any training, adapters included; or its shape alone, see `load_model`."""
+        model = load_model(self.source, empty=empty)
         return model if self.lora is None else add_lora(model, self.lora)
 
     def _weights_dtype(self) -> torch.dtype:

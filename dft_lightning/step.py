@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dft_lightning.metrics import nothing_weighs, token_means, token_sums, units_of
 from dft_lightning.nonfinite import SkippedSteps
 from dft_lightning.normalizer import Normalize, at_least_something, scale_gradients, units
+from dft_lightning.sharding.tensors import common_norm, parts_of_gradients
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -55,7 +56,7 @@ class StepInTheMaking:
         together = cast(Tensor, trainer.strategy.reduce(mine, reduce_op="sum"))
         self._sums, self._wishes = together.tensor_split([len(self._sums)])
         factor = trainer.world_size * trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))
-        scale_gradients(list(parameters), factor)
+        scale_gradients(parts_of_gradients(parameters), factor)
 
     def clip(
         self, trainer: "pl.Trainer", parameters: Iterable[nn.Parameter], value: float | None, algorithm: str | None
@@ -68,12 +69,9 @@ class StepInTheMaking:
         """
         assert self._sums is not None
         given = [parameter for parameter in parameters if parameter.grad is not None]
-        by_norm = bool(value) and algorithm in (None, "norm")
-        self._norm = _norm([cast(Tensor, parameter.grad) for parameter in given])
-        if value and by_norm:
-            torch.nn.utils.clip_grads_with_norm_(given, value, self._norm)
-        elif value:
-            torch.nn.utils.clip_grad_value_(given, value)
+        self._norm = common_norm([cast(Tensor, parameter.grad) for parameter in given])
+        if value:
+            _clip(parts_of_gradients(given), value, self._norm if algorithm in (None, "norm") else None)
         facts = [self._sums, self._wishes, self._norm[None].to(self._sums)]
         self._sums, wishes, self._norm = _together(facts)
         self.wished = frozenset(name for name, wish in zip(self.wishes, wishes.tolist(), strict=True) if wish)
@@ -104,10 +102,12 @@ def _together(parts: list[Tensor]) -> Sequence[Tensor]:
     return torch.split_with_sizes(torch.cat(parts).cpu(), [len(part) for part in parts])
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Their common L2 norm, (), in at least float32, whatever their own precision."""
+def _clip(gradients: list[Tensor], limit: float, norm: Tensor | None) -> None:
+    """Scale gradients so that their norm, which is known, is at most the limit; without one limit each entry."""
     if not gradients:
-        return torch.zeros(())
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))
-    return norm
+        return
+    if norm is None:
+        torch._foreach_clamp_min_(gradients, -limit)
+        torch._foreach_clamp_max_(gradients, limit)
+    else:
+        torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))

@@ -29,6 +29,7 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
+from dft_lightning.sharding.tensors import whole
 from dft_lightning.weighting import (
     ASFT,
     DFT,
@@ -114,6 +115,8 @@ class Geometry:
     data: dict[str, Any] = field(hash=False)
     chunk_rows: int | None = None
     ranks: int = 1
+    strategy: str = "ddp"
+    """That of more than one rank."""
 
 
 def of_both(quick: bool) -> list[TokenWeighting]:
@@ -136,10 +139,16 @@ GEOMETRIES = [
     Geometry("2 ranks × (1, 4)", {"micro_batch_size": 1}, ranks=2),
     Geometry("2 ranks, packed", {"micro_batch_size": 1, "packing": True}, ranks=2),
     Geometry("2 ranks, padding-free", {"micro_batch_size": 1, "packing": "padding_free"}, ranks=2),
+    Geometry("2 ranks × (2, 2), fsdp2", {"micro_batch_size": 2}, ranks=2, strategy="fsdp2"),
+    Geometry("2 ranks, packed, fsdp2", {"micro_batch_size": 1, "packing": True}, ranks=2, strategy="fsdp2"),
+    Geometry("4 ranks × (1, 2), fsdp2", {"micro_batch_size": 1}, ranks=4, strategy="fsdp2"),
 ]
+IN_HALF = [shape for shape in GEOMETRIES if shape.name.startswith("2 ranks, packed")]
 
 
-IN_HALF = [GEOMETRIES[-2]]  # on two ranks
+def geometries(quick: bool) -> list[Geometry]:
+    """Those to compare: four ranks take their time."""
+    return [shape for shape in GEOMETRIES if shape.ranks <= 2 or not quick]
 
 
 class Watched(FineTuner):
@@ -147,7 +156,8 @@ class Watched(FineTuner):
 
     def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
         self.before = getattr(self, "before", [])
-        self.before.append(torch.cat([p.grad.detach().flatten().double() for p in self.network.parameters()]))
+        given = [whole(p.grad.detach()).flatten().double() for p in self.network.parameters() if p.grad is not None]
+        self.before.append(torch.cat(given))
         super().configure_gradient_clipping(*args, **options)
 
 
@@ -167,7 +177,7 @@ def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: An
         kind=Watched,
         gradient_clip_val=CLIP,
         devices=shape.ranks,
-        strategy="ddp" if shape.ranks > 1 else "auto",
+        strategy=shape.strategy if shape.ranks > 1 else "auto",
         **more,
     )
     logged = [{k: v for k, v in one.items() if "per_second" not in k} for one in recorder.logged]
@@ -264,9 +274,10 @@ def table(quick: bool) -> list[tuple[str, ...]]:
         folder = Path(made)
         prepare(folder)
         truths = {repr(weighting): outcome(folder, weighting, WHOLE) for weighting in weightings}
-        two_ranks(folder, quick)
+        for count in sorted({shape.ranks for shape in geometries(quick)} - {1}):
+            some_ranks(count, folder, quick)
         for weighting in weightings:
-            for shape in GEOMETRIES:
+            for shape in geometries(quick):
                 if shape.ranks > 1:
                     ours = torch.load(folder / f"{weighting!r} {shape.name}.pt")
                 else:
@@ -280,28 +291,35 @@ def table(quick: bool) -> list[tuple[str, ...]]:
     return rows
 
 
-def two_ranks(folder: Path, quick: bool) -> None:
-    """Have two processes run all that needs two ranks, one after another."""
+def some_ranks(count: int, folder: Path, quick: bool) -> None:
+    """Have so many processes run all that needs so many ranks, one after another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"TORCHELASTIC_RUN_ID": "exactness", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    common |= {
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": "exactness",
+        "GROUP_RANK": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, __file__, "--rank-of", str(folder), *(["--quick"] if quick else [])]
     processes = [
         subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        for rank in range(count)
     ]
-    codes = [process.wait(600) for process in processes]
+    codes = [process.wait(1800) for process in processes]
     if any(codes):
         raise RuntimeError("a rank has failed; its output is above")
 
 
 def rank(folder: Path, quick: bool) -> None:
-    """What each of the two processes does."""
+    """What each of the processes does."""
+    count = int(os.environ["WORLD_SIZE"])
     for weighting in of_both(quick):
-        exact = [(shape, {}, "") for shape in GEOMETRIES if shape.ranks > 1]
-        halves = [(shape, {"precision": p, "max_steps": 1}, f" {p}") for shape in IN_HALF for p in HALVES]
+        exact = [(shape, {}, "") for shape in GEOMETRIES if shape.ranks == count]
+        halves = [(s, {"precision": p, "max_steps": 1}, f" {p}") for s in IN_HALF for p in HALVES if s.ranks == count]
         halves = [] if weighting in OTHERS + QUICK_OTHERS else halves
         for shape, more, suffix in exact + halves:
             found = outcome(folder, weighting, shape, **more)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
 from dft_lightning import FineTuner, NuminaMathDataModule
+from dft_lightning.sharding.tensors import whole
 from dft_lightning.weighting import DFT
 
 
@@ -28,7 +29,7 @@ class Recorder(pl.Callback):
 
     def keep(self, optimizer, *_: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        self.gradients.append(torch.cat([grad.detach().flatten().double() for grad in grads]))
+        self.gradients.append(torch.cat([whole(grad.detach()).flatten().double() for grad in grads]))
 
 
 def fit(

@@ -35,6 +35,7 @@ GRADIENT = "tests/weighting/test_published.py::test_the_gradient_is_that_of_the_
 PACKED = "tests/weighting/test_published.py::test_packed_is_the_same_as_alone"
 HAND = "tests/weighting/test_formulas.py::test_by_hand"
 EDGES = "tests/weighting/test_formulas.py"
+SHARDING = "tests/sharding/test_"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
 SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
@@ -63,6 +64,15 @@ def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more
 
 
 FAULTS = [
+    fault(16, "the norm of a rank's part", "sharding/tensors.py", "_added_up(squares, dealt[0])", "squares", f"{SHARDING}refusals.py::test_on_two_ranks"),
+    fault(16, "copies of a part count twice", "sharding/tensors.py", "else Replicate() for", 'else Partial("sum") for', f"{SHARDING}fsdp2.py::test_copies_of_shards"),
+    fault(0, "rotary frequencies are not sent", "sharding/loading.py", "    _send_buffers(network, read)", "    pass", f"{SHARDING}fsdp2.py::test_buffers_that_no_state_has_are_those_of_the_reader"),
+    fault(10, "what is brought along is rounded to bfloat16", "sharding/layers.py", "cast_forward_inputs=False", "cast_forward_inputs=True",
+          f"{SHARDING}fsdp2.py::test_statistics_and_what_is_brought_along_stay_in_float32"),
+    fault(21, "a resumed optimizer has the state of a new one", "sharding/strategy.py", "like(parameters[index], value) if", "like(parameters[index], value * 0) if",
+          f"{SHARDING}fsdp2.py::TestACheckpoint"),
+    fault(22, "the fingerprint of a rank's part", "reference.py", "full = whole(tensor.detach())", "full = part(tensor.detach())",
+          f"{SHARDING}fsdp2.py::test_the_reference_has_one_fingerprint_on_any_number_of_ranks", ("import whole\n", "import part\n")),
     fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
           ('{"tokens": sum(batch.counts),', '{"tokens": min(sum(batch.counts), 1),')),
     fault(2, "divided again", "step.py", SCALE, f"{SCALE}.square()", FORMULA),
@@ -123,10 +133,10 @@ FAULTS = [
           "        weights = [self._weigh_together([tokens])[0] for tokens, _ in held]", f"{STEP_WEIGHTS}test_the_validation_set_is_looked_at_as_one_step"),
     fault(16, "the pass before has other dropout", "module.py", "            self._seed(number)\n            parts", "            parts",
           f"{STEP_WEIGHTS}test_the_weights_are_those_of_the_gradient_pass_with_its_dropout"),
-    fault(17, "clipped before it is normalised", "step.py", "        scale_gradients(list(parameters), factor)",
+    fault(17, "clipped before it is normalised", "step.py", "        scale_gradients(parts_of_gradients(parameters), factor)",
           '        parameters = list(parameters)\n'
           '        torch.nn.utils.clip_grad_norm_(parameters, trainer.gradient_clip_val or float("inf"))\n'
-          "        scale_gradients(parameters, factor)", CUT_UP),
+          "        scale_gradients(parts_of_gradients(parameters), factor)", CUT_UP),
     fault(17, "a skipped step moves the schedule", "module.py", "        if not self.step.skipped.this_one:\n            scheduler", "        if True:\n            scheduler",
           f"{NONFINITE}test_the_step_leaves_weights_optimizer_and_schedule_as_they_were"),
     fault(17, "a step that is not finite is made", "step.py", "                parameter.grad = None", "                pass",
@@ -171,8 +181,8 @@ FAULTS = [
           "tests/data/test_datamodule.py::test_looking_at_the_data_draws_no_random_numbers"),
     fault(17, "a loss that is not finite is let pass", "step.py", "math.isfinite(loss) and math.isfinite(norm)", "math.isfinite(norm)",
           f"{NONFINITE}test_a_loss_that_is_not_finite_is_enough"),
-    fault(17, "no clipping by value", "step.py", "            torch.nn.utils.clip_grad_value_(given, value)", "            pass", f"{MODULE}test_clipping_by_value"),
-    fault(10, "the norm in the run's precision", "step.py", "dtype=wide", "dtype=None", f"{MODULE}test_the_norm_is_that_of_float64_whatever_the_precision"),
+    fault(17, "no clipping by value", "step.py", "        torch._foreach_clamp_min_(gradients, -limit)\n        torch._foreach_clamp_max_(gradients, limit)", "        pass", f"{MODULE}test_clipping_by_value"),
+    fault(10, "the norm in the run's precision", "sharding/tensors.py", "dtype=wide", "dtype=None", f"{MODULE}test_the_norm_is_that_of_float64_whatever_the_precision"),
     fault(22, "the reference in training mode", "models.py", "        self.eval()\n", "        self.train()\n",
           f"{MODELS}TestLoRA::test_the_adapter_off_is_the_reference_to_the_bit"),
     fault(23, "another formula by the same name", "weighting/likelihood.py", "tokens.p.clamp(min=self.floor)", "tokens.p + self.floor",
@@ -214,7 +224,7 @@ FAULTS = [
     fault(0, "an entropy penalty", "weighting/vocabulary.py", "self.strength * (surprise", "-self.strength * (surprise", f"{TARGETS}test_the_gradient_is_that_of_the_published_loss"),
     fault(0, "the reference is the model with its adapter", "models.py", "with self._evaluating(adapter=False):", "with self._evaluating(adapter=True):",
           f"{REFERENCES}TestTheReferencesDistribution"),
-    fault(0, "the copy is trained too", "reference.py", "network = WeightedLM(module.initial_model().to(module.device)).requires_grad_(False).eval()", "network = module.network",
+    fault(0, "the copy is trained too", "reference.py", "network = initial_network(module, frozen=True)\n    module", "network = module.network\n    module",
           f"{REFERENCES}TestTheReferencesDistribution"),
     fault(0, "a new old policy every step", "old_policy.py", "return not self.start <= step < self.end", "return True", f"{REFERENCES}TestTheOldPolicy"),
     fault(0, "an old policy for ever", "old_policy.py", "return not self.start <= step < self.end", "return not self.end", f"{REFERENCES}TestTheOldPolicy"),

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.errors import UserError
+from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -43,13 +44,21 @@ class Export(Callback):
             stop_ids(cast("FineTuner", pl_module).tokenizer, self.stop_tokens)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the folders, on the first rank."""
-        if not self.enabled or getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
+        """Write the folders, on the first rank; all ranks have a part in it where the model is sharded."""
+        if not self.enabled or getattr(trainer, "fast_dev_run", False):
             return
         module = cast("FineTuner", pl_module)
-        model = module.model
-        if self.which == "best":
-            model = _with_weights(module, checkpoint_folder(trainer.default_root_dir) / "best.ckpt")
+        best = checkpoint_folder(trainer.default_root_dir) / "best.ckpt"
+        if self.which == "best" and not best.exists():
+            rank_zero_warn(f"export.which is 'best', but there is no {best} (no validation?): exporting the last state")
+        if self.which == "best" and best.exists():
+            model = _of_checkpoint(module, best) if trainer.is_global_zero else None
+        else:
+            model = _of_the_run(module)
+        if trainer.is_global_zero:
+            self._write(trainer, module, model)
+
+    def _write(self, trainer: pl.Trainer, module: "FineTuner", model: Any) -> None:
         base = model.get_base_model() if module.lora is not None else model
         add_stops(base.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
         folder = Path(trainer.default_root_dir) / "export"
@@ -89,15 +98,21 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def _with_weights(module: "FineTuner", checkpoint: Path) -> Any:
-    """A copy of the model with the weights of a checkpoint; the live one where there is none."""
-    if not checkpoint.exists():
-        rank_zero_warn(
-            f"export.which is 'best', but there is no {checkpoint} (no validation?): exporting the last state"
-        )
+def _of_the_run(module: "FineTuner") -> Any:
+    """The live model; a whole copy of it, on the first rank, where its weights are dealt over the ranks."""
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, FSDP2Strategy):
         return module.model
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    model = module.initial_model()
-    prefix = "network.model."
+    state = strategy.lightning_module_state_dict()
+    return _with_weights(module, state) if module.trainer.is_global_zero else None
+
+
+def _of_checkpoint(module: "FineTuner", checkpoint: Path) -> Any:
+    """A copy of the model with the weights of a checkpoint."""
+    return _with_weights(module, torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+
+
+def _with_weights(module: "FineTuner", state: dict[str, Any]) -> Any:
+    model, prefix = module.initial_model(), "network.model."
     model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
     return model

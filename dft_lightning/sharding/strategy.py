@@ -1,0 +1,150 @@
+"""Fully sharded data parallelism (PyTorch's FSDP2) as a strategy of Lightning's trainer.
+
+Every rank has its own micro-batches, as in data parallelism, and a part of each weight, gradient and optimizer state.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from dft_lightning.errors import UserError
+from dft_lightning.models import WeightedLM
+from dft_lightning.sharding.layers import shard
+from dft_lightning.sharding.loading import load, take_over
+from dft_lightning.sharding.tensors import gathered, like, state_of
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Weights, gradients and optimizer states dealt over the ranks, a decoder layer at a time.
+
+    Gradients are reduced after every micro-batch, so that no rank ever has them whole. A checkpoint is one file, as
+    that of any other strategy: a run goes on from it with any, on any number of ranks.
+
+    Args:
+        shard: ranks that share one copy of the weights; by default all of them, or as many as `replicate` leaves.
+        replicate: copies of the weights, e.g. one a node: gathering then stays within the node.
+        compute: bfloat16 computes in it and reduces gradients in float32, while weights and optimizer states stay as
+            they are held (float32 at trainer.precision 32-true).
+        prefetch: layers that are gathered ahead of the one that computes; each takes memory.
+        process_group_backend: nccl, gloo, …; by default what goes with the device.
+        timeout: after this time a collective that a rank does not take part in is an error.
+    """
+
+    def __init__(
+        self,
+        shard: int | None = None,
+        replicate: int = 1,
+        compute: Literal["as_held", "bfloat16"] = "as_held",
+        prefetch: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+        )
+        self.shard, self.replicate, self.prefetch = shard, replicate, prefetch
+        self.compute = torch.bfloat16 if compute == "bfloat16" else None
+        for name, value in (("shard", shard), ("replicate", replicate), ("prefetch", prefetch)):
+            if value is not None and value < 1:
+                raise UserError(f"trainer.strategy.{name} is {value}; expected 1 or more")
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The ranks that weights are dealt over: all, or `replicate` times `shard` of them."""
+        shard = self.shard or self.world_size // self.replicate
+        if shard * self.replicate != self.world_size:
+            raise UserError(
+                f"trainer.strategy shards over {shard} ranks, {self.replicate} times, which makes "
+                f"{shard * self.replicate}; the run has {self.world_size}: set trainer.strategy.shard and "
+                ".replicate so that their product is that"
+            )
+        kind = self.root_device.type
+        if self.replicate == 1:
+            return init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (self.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+    def load_network(self, build: Callable[[bool], WeightedLM]) -> WeightedLM:
+        """A network, dealt over the ranks; see `load`."""
+        precision = str(self.precision_plugin.precision)
+        if self.compute is not None and "mixed" in precision:
+            raise UserError(
+                f"trainer.precision is {precision}, and trainer.strategy.compute too chooses what is computed in: set "
+                "trainer.precision 32-true, to hold the weights in float32, or leave compute out"
+            )
+        return load(
+            lambda empty: self._held(build(empty)),
+            lambda network: shard(network, self.mesh, self.compute, self.prefetch),
+            self.root_device,
+        )
+
+    def _held(self, network: WeightedLM) -> WeightedLM:
+        """The network in the precision that it is held in: that of all parameters of a group has to be one."""
+        return cast(WeightedLM, self.precision_plugin.convert_module(network))
+
+    # -- checkpoints: whole and in one file, restored before the strategy is set up, as by others ---------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The weights are sharded in `configure_model` already."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """By `load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole, on the first rank; all ranks have to ask."""
+        assert self.lightning_module is not None
+        return state_of(self.lightning_module, self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole, on the first rank, with parameters numbered as the optimizer has them; all ranks have to ask."""
+        found: dict[str, Any] = gathered(getattr(optimizer, "_optimizer", optimizer).state_dict(), self.is_global_zero)
+        return found
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Mapped into memory, so that ranks of a node share the pages that they read."""
+        if Path(checkpoint_path).is_dir():
+            raise UserError(
+                f"{checkpoint_path} is a folder; fsdp2 reads checkpoints of one file: give such a ckpt_path"
+            )
+        found: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return found
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each rank takes its part."""
+        assert self.lightning_module is not None
+        take_over(self.lightning_module, checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each rank takes its part."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            dealt = {
+                index: {
+                    name: like(parameters[index], value) if _has_its_shape(value, parameters[index]) else value
+                    for name, value in values.items()
+                }
+                for index, values in state["state"].items()
+            }
+            optimizer.load_state_dict({"state": dealt, "param_groups": state["param_groups"]})
+
+
+def _has_its_shape(value: Any, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: weights dealt over all ranks")
