@@ -54,7 +54,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     if own := _OWN.get(given[0]):
         return int(import_module(own).main(given[1:]))
+    if given[0] == "fit":
+        return _fit(given)
     return int(import_module("dft_lightning.cli").main(given))
+
+
+def _fit(given: Sequence[str]) -> int:
+    """Train; a signal that comes while everything heavy is imported counts already."""
+    from dft_lightning.signals import NOTICE, Preempted
+
+    try:
+        with NOTICE.watching():
+            return int(import_module("dft_lightning.cli").main(given))
+    except Preempted as leaving:
+        print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
+        return int(leaving.code or 0)
 
 
 if __name__ == "__main__":

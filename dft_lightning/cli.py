@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dft_lightning.callbacks import (
     Checkpoints,
     Export,
+    Preemption,
     Progress,
     RunSummary,
     Throughput,
@@ -37,6 +39,7 @@ from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
+from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins, weightings
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -190,7 +193,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
         given = self._get(self.config_init, "trainer")
-        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else [RunSummary()]
+        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else [RunSummary(), Preemption()]
         if given["enable_progress_bar"] is not False:
             own.append(Progress())
         if given["logger"] in (None, True):
@@ -249,6 +252,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2
+    except Preempted:
+        return AGAIN
     return 0
 
 
@@ -268,5 +273,6 @@ def _quieten() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `dft` with arguments; 2 where the user's input cannot be used."""
-    return run(CommandLine, args)
+    """Run `dft` with arguments; 2 where the user's input cannot be used, 85 where a fit wants to be started again."""
+    with NOTICE.watching() if "fit" in (sys.argv[1:] if args is None else args) else nullcontext():
+        return run(CommandLine, args)

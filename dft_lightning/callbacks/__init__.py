@@ -2,6 +2,7 @@
 
 from dft_lightning.callbacks.checkpoints import Checkpoints
 from dft_lightning.callbacks.export import Export
+from dft_lightning.callbacks.preemption import Preemption
 from dft_lightning.callbacks.progress import Progress
 from dft_lightning.callbacks.run_summary import RunSummary
 from dft_lightning.callbacks.throughput import Throughput
@@ -11,6 +12,7 @@ from dft_lightning.callbacks.token_scores import TokenScores
 __all__ = [
     "Checkpoints",
     "Export",
+    "Preemption",
     "Progress",
     "RunSummary",
     "Throughput",
