@@ -14,11 +14,13 @@ _COMMANDS = {
     "diagnose": "before any training: what the model makes of the data, and where each weighting would go",
     "inspect": "rows as the model sees them: mask, weight, p, borders of packing, stop tokens",
     "weightings": "what a token can be worth: all weightings, or one explained and plotted",
+    "export": "a Hugging Face folder out of a checkpoint: dft export RUN/checkpoints/last.ckpt OUT",
     "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
 _OWN = {
     "demo": "dft_lightning.demo",
     "diagnose": "dft_lightning.insight.diagnose_command",
+    "export": "dft_lightning.exporting.command",
     "inspect": "dft_lightning.insight.inspect_command",
     "plan": "dft_lightning.planning.command",
     "weightings": "dft_lightning.explain.command",
