@@ -28,6 +28,7 @@ from dft_lightning.callbacks import (
     Export,
     Preemption,
     Progress,
+    RollCall,
     RunSummary,
     Throughput,
     TokenProbabilities,
@@ -145,6 +146,7 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(TokenProbabilities, "token_probabilities")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(RollCall, "roll_call")
 
     def _parse_ckpt_path(self) -> None:
         """Not as in Lightning, where a checkpoint's options replace those that the user gives."""

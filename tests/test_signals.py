@@ -34,7 +34,8 @@ def test_a_signal_that_nobody_looks_at_ends_the_process_with_85(number):
 
 def test_one_that_is_kept_is_named_and_ends_nothing():
     process = started(
-        "NOTICE.is_kept = True\nprint('ready', flush=True)\nwhile not NOTICE.received: time.sleep(0.01)\nprint(NOTICE.received)"
+        "NOTICE.is_kept = True\nprint('ready', flush=True)\n"
+        "while not NOTICE.received: time.sleep(0.01)\nprint(NOTICE.received)"
     )
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=30)[0] == "SIGUSR1\n"

@@ -12,7 +12,7 @@ from dft_lightning.errors import UserError
 if TYPE_CHECKING:
     from dft_lightning.exporting.stored import Stored
 
-_HELP = """Makes a Hugging Face folder out of a checkpoint: safetensors in shards, tokenizer, generation config, model card.
+_HELP = """Makes a Hugging Face folder out of a checkpoint: safetensors in shards, tokenizer, generation config, card.
 Configuration and tokenizer come from where the run had them, the weights from the checkpoint alone; the optimizer's
 state is not read. An adapter is written as such."""
 

@@ -70,6 +70,12 @@ class TestLogits:
         assert back.dtype == torch.bfloat16
         assert torch.equal(logits(back), logits(finetuner.model))
 
+    def test_with_the_chat_template_of_the_run(self, model_dir, rows_file, tmp_path):
+        finetuner = trained(model_dir, rows_file, tmp_path / "run", {"chat_template": "chatml"}, max_steps=1)
+        assert main(["export", last(tmp_path / "run"), str(tmp_path / "out")]) == 0
+        template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        assert template == finetuner.tokenizer.chat_template != tiny_tokenizer().chat_template
+
     @pytest.mark.parametrize("name", ["untied", "soft-cap, tied"])
     def test_of_an_adapter_as_such(self, rows_file, tmp_path, name):
         from peft import AutoPeftModelForCausalLM
