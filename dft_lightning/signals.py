@@ -6,6 +6,7 @@ Nothing heavy is imported here, for a signal may come while everything else stil
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,9 @@ AGAIN = 85
 """Exit code of a run that was asked to leave: start the same command again, and it goes on."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+APART = 5.0
+"""Seconds; what comes sooner is the same wish: a scheduler signals all processes of a job, and torchrun hands it on."""
 
 
 class Preempted(SystemExit):
@@ -28,8 +32,8 @@ class Notice:
     """What was asked of this process so far.
 
     The first signal is kept where somebody looks at it, once an optimizer step, and ends the process elsewhere. A
-    second one ends it at once: a thread sees to that, since the main one may wait for a device or for another rank, and
-    Python runs no handler before it is back.
+    second one, some seconds later, ends it at once: a thread sees to that, since the main one may wait for a device or
+    for another rank, and Python runs no handler before it is back.
     """
 
     def __init__(self) -> None:
@@ -84,11 +88,12 @@ NOTICE = Notice()
 
 
 def _leave_at_the_second(pipe: int) -> None:
-    received = 0
+    first = None
     while numbers := os.read(pipe, 64):  # one byte a signal
-        received += sum(number in SIGNALS for number in numbers)
-        if received > 1:
-            os._exit(AGAIN)
+        if any(number in SIGNALS for number in numbers):
+            first = first or time.monotonic()
+            if time.monotonic() - first > APART:
+                os._exit(AGAIN)
     os.close(pipe)
 
 

@@ -20,7 +20,8 @@ class Preemption(Callback):
     """On SIGTERM or SIGUSR1 all ranks finish the optimizer step, save `last.ckpt`, and leave with exit code 85.
 
     One rank's signal is enough: it is told to the others by the sum over ranks that each step takes anyway. Where a
-    validation follows the step, it comes first, as it does with every checkpoint. A second signal ends a rank at once.
+    validation follows the step, it comes first, as it does with every checkpoint. A second signal, some seconds later,
+    ends a rank at once.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -36,7 +36,8 @@ class Place:
 class RollCall(Callback):
     """Names the rank that hangs, on standard error, once nothing has moved for a while.
 
-    What ends the run then is the time-out of the process group, half an hour unless the strategy is given another one.
+    What ends the run then is the time-out of the process group, half an hour by default: for ten minutes give
+    `--trainer.strategy DDPStrategy --trainer.strategy.timeout 0:10:00`.
 
     Args:
         minutes: how long a rank may take from one micro-batch to the next before all of them say where they are; 0
