@@ -254,7 +254,9 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2
-    except Preempted:
+    except Preempted as leaving:
+        if not NOTICE.is_kept:  # else the first rank has said it
+            print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
         return AGAIN
     return 0
 

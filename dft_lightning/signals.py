@@ -53,8 +53,6 @@ class Notice:
         before = {number: signal.getsignal(number) for number in SIGNALS}
         self.received, self.is_kept = None, False
         self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_inheritable(end, False)
         os.set_blocking(self._pipe[1], False)
         for number in SIGNALS:
             signal.signal(number, self._take)
@@ -80,6 +78,8 @@ class Notice:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            for end in self._pipe:
+                os.close(end)
             self._pipe = None
 
 

@@ -27,8 +27,8 @@ def runs(tmp_path_factory):
 def test_asked_to_leave_it_saves_and_goes_on_to_the_same_end(runs, ranks, to_all):
     """As SLURM signals a job: all processes of it, data workers included; or as `docker stop` does: the first one."""
     more = DDP if ranks == 2 else "--data.num_workers 2"
-    name = f"asked-{ranks}-{to_all}"
-    for _ in range(2):
+    name, rounds = f"asked-{ranks}-{to_all}", 2 if to_all else 1
+    for _ in range(rounds):
         process = runs.start(name, more)
         runs.until_saved(name, process)
         time.sleep(1.0)
@@ -37,7 +37,7 @@ def test_asked_to_leave_it_saves_and_goes_on_to_the_same_end(runs, ranks, to_all
         else:
             process.send_signal(signal.SIGUSR1)
         assert process.wait(120) == AGAIN, runs.log(name)
-    assert runs.log(name).count("which is saved. Start the same command again; the exit code is 85") == 2
+    assert runs.log(name).count("which is saved. Start the same command again; the exit code is 85") == rounds
     assert "Traceback" not in runs.log(name)
     runs.whole(name, more)
     runs.assert_same(name, f"whole-{ranks}")
@@ -48,6 +48,7 @@ def test_a_run_that_is_asked_while_it_starts_leaves_with_85_too(runs):
     time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == AGAIN
+    assert "before any training: start the same command again" in runs.log("early")
     assert not (runs.folder / "early" / "checkpoints" / "last.ckpt").exists()
 
 
