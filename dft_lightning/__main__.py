@@ -14,11 +14,13 @@ _COMMANDS = {
     "diagnose": "before any training: what the model makes of the data, and where each weighting would go",
     "inspect": "rows as the model sees them: mask, weight, p, borders of packing, stop tokens",
     "weightings": "what a token can be worth: all weightings, or one explained and plotted",
+    "export": "a Hugging Face folder out of a checkpoint: dft export RUN/checkpoints/last.ckpt OUT",
     "demo": "fine-tune the embedded model and compare before and after: dft demo --config configs/demo.yaml",
 }
 _OWN = {
     "demo": "dft_lightning.demo",
     "diagnose": "dft_lightning.insight.diagnose_command",
+    "export": "dft_lightning.exporting.command",
     "inspect": "dft_lightning.insight.inspect_command",
     "plan": "dft_lightning.planning.command",
     "weightings": "dft_lightning.explain.command",
@@ -54,7 +56,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     if own := _OWN.get(given[0]):
         return int(import_module(own).main(given[1:]))
+    if given[0] == "fit":
+        return _fit(given)
     return int(import_module("dft_lightning.cli").main(given))
+
+
+def _fit(given: Sequence[str]) -> int:
+    """Train; a signal that comes while everything heavy is imported counts already."""
+    from dft_lightning.signals import NOTICE, Preempted
+
+    try:
+        with NOTICE.watching():
+            return int(import_module("dft_lightning.cli").main(given))
+    except Preempted as leaving:
+        print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
+        return int(leaving.code or 0)
 
 
 if __name__ == "__main__":

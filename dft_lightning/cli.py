@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -25,7 +26,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dft_lightning.callbacks import (
     Checkpoints,
     Export,
+    Preemption,
     Progress,
+    RollCall,
     RunSummary,
     Throughput,
     TokenProbabilities,
@@ -37,6 +40,7 @@ from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
+from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins, weightings
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -144,6 +148,7 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(TokenProbabilities, "token_probabilities")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(RollCall, "roll_call")
 
     def _parse_ckpt_path(self) -> None:
         """Not as in Lightning, where a checkpoint's options replace those that the user gives."""
@@ -192,7 +197,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
         given = self._get(self.config_init, "trainer")
-        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else [RunSummary()]
+        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else [RunSummary(), Preemption()]
         if given["enable_progress_bar"] is not False:
             own.append(Progress())
         if given["logger"] in (None, True):
@@ -251,6 +256,10 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2
+    except Preempted as leaving:
+        if not NOTICE.is_kept:  # else the first rank has said it
+            print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
+        return AGAIN
     return 0
 
 
@@ -270,5 +279,6 @@ def _quieten() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `dft` with arguments; 2 where the user's input cannot be used."""
-    return run(CommandLine, args)
+    """Run `dft` with arguments; 2 where the user's input cannot be used, 85 where a fit wants to be started again."""
+    with NOTICE.watching() if "fit" in (sys.argv[1:] if args is None else args) else nullcontext():
+        return run(CommandLine, args)

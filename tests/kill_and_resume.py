@@ -1,11 +1,13 @@
 """Kills training runs at random moments, starts them again, and compares the end with a run that was never stopped.
 
-    python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--real]
+    python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--ranks 2] [--ask] [--real]
 
 Weights, optimizer, schedule, counters and everything logged but the speed have to be the same to the bit. A third of
 the kills come at a random time from outside; the others at a random occurrence of an event: between two micro-batches,
 within the optimizer step, in a validation, while a checkpoint is half-written, before and after it gets its name.
-Every run is a process of its own, forked from this one after the imports. `--real`: SmolLM2-135M-Instruct, three kills.
+Every run is a process of its own, forked from this one after the imports. `--ranks 2`: one of two ranks is killed, and
+the other has to find out. `--ask`: SIGTERM or SIGUSR1 in place of SIGKILL, and all ranks have to leave with code 85.
+`--real`: SmolLM2-135M-Instruct, three kills.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +27,8 @@ from typing import Any
 import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dft_lightning.signals import AGAIN
 
 BASE = """--trainer.accelerator cpu --model.model_name {model} --data NuminaMathDataModule --data.path {rows}
     --data.val_size 4 --data.max_length 200 --data.global_batch_size 6 --data.micro_batch_size 2 --trainer.max_epochs 2
@@ -66,13 +71,13 @@ _OTHER = "throughput/"  # times and memory
 class Killer:
     """Counts the events of a run, in a file; kills the process at a chosen one."""
 
-    def __init__(self, at: tuple[str, int] | None) -> None:
-        self.at, self.counts = at, Counter()
+    def __init__(self, at: tuple[str, int] | None, sent: int = signal.SIGKILL) -> None:
+        self.at, self.sent, self.counts = at, sent, Counter()
 
     def __call__(self, event: str) -> None:
         self.counts[event] += 1
         if self.at == (event, self.counts[event]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.sent)
 
     def around(self, owner: Any, name: str, before: str | None = None, after: str | None = None) -> None:
         """Make a call of `owner.name` such an event, or two."""
@@ -114,13 +119,40 @@ class Killer:
         TorchCheckpointIO.save_checkpoint = halfway
 
 
-def start(arguments: list[str], folder: Path, at: tuple[str, int] | None = None) -> int:
-    """Fork a run; the child's process id."""
+def start_all(
+    arguments: list[str],
+    folder: Path,
+    ranks: int,
+    at: tuple[str, int] | None = None,
+    sent: int = signal.SIGKILL,
+    victim: int = 0,
+) -> list[int]:
+    """Fork all ranks of a run, one of which sends itself a signal; their process ids."""
+    if ranks == 1:
+        return [start(arguments, folder, at, sent)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    arguments = [*arguments, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+    chosen = [at if rank == victim else None for rank in range(ranks)]
+    return [start(arguments, folder, one, sent, place | {"LOCAL_RANK": str(rank)}) for rank, one in enumerate(chosen)]
+
+
+def start(
+    arguments: list[str],
+    folder: Path,
+    at: tuple[str, int] | None = None,
+    sent: int = signal.SIGKILL,
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Fork a process of a run; its id."""
     child = os.fork()
     if child:
         return child
     torch.set_num_threads(torch.get_num_threads())  # a fork's pool is renewed here, not by two threads at once
     os.chdir(folder)
+    os.environ.update(environment or {})
     os.environ["DFT_CACHE"] = os.environ.get("DFT_CACHE_REAL", str(folder / "cache"))
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -129,7 +161,7 @@ def start(arguments: list[str], folder: Path, at: tuple[str, int] | None = None)
     try:
         from dft_lightning.cli import main
 
-        killer = Killer(at)
+        killer = Killer(at, sent)
         killer.install()
         sys.path.insert(0, str(folder))
         code = main(["fit", *arguments])
@@ -186,11 +218,12 @@ def difference(ours: Any, truth: Any, name: str = "") -> str | None:
 class Case:
     """One configuration, its run without interruption, and trials of it."""
 
-    def __init__(self, name: str, options: str, folder: Path) -> None:
-        self.name, self.options, self.folder = name, options, folder
+    def __init__(self, name: str, options: str, folder: Path, ranks: int = 1, ask: bool = False) -> None:
+        self.name, self.options, self.folder, self.ranks, self.ask = name, options, folder, ranks, ask
         began = time.monotonic()
         whole = self.prepare("whole")
-        assert ended(start(self.arguments(whole), whole)) == 0, (whole / "log.txt").read_text()[-3000:]
+        codes = [ended(child) for child in start_all(self.arguments(whole), whole, ranks)]
+        assert not any(codes), (whole / "log.txt").read_text()[-3000:]
         self.seconds = time.monotonic() - began
         self.truth = outcome(whole / "run")
         self.events = json.loads((whole / "events.json").read_text())
@@ -209,21 +242,27 @@ class Case:
         folder, moments = self.prepare(name), []
         arguments = [*self.arguments(folder), "--ckpt_path", "last"]
         for _ in range(kills):
+            sent = rng.choice([signal.SIGTERM, signal.SIGUSR1]) if self.ask else signal.SIGKILL
+            victim = rng.randrange(self.ranks)
             if rng.random() < 1 / 3:
                 after = rng.uniform(0.1, 1.0) * self.seconds
-                child = start(arguments, folder)
+                children = start_all(arguments, folder, self.ranks)
                 time.sleep(after)
-                os.kill(child, signal.SIGKILL)
+                os.kill(children[victim], sent)
                 moments.append(f"after {after:.1f} s")
             else:
                 event = rng.choice(sorted(self.events))
                 at = (event, rng.randint(1, self.events[event]))
-                child = start(arguments, folder, at)
+                children = start_all(arguments, folder, self.ranks, at, sent, victim)
                 moments.append(f"{event} ({at[1]})")
-            if ended(child) == 0:
+            codes = [ended(child) for child in children]
+            if not any(codes):
                 return self.trial(f"{name}-again", rng, kills)  # it came too late to matter
-        if (code := ended(start(arguments, folder))) != 0:
-            return moments, f"left with {code}: {(folder / 'log.txt').read_text()[-1500:]}"
+            if self.ask and set(codes) != {AGAIN} and not moments[-1].startswith("after"):
+                return moments, f"left with {codes}, asked by {sent.name}: {(folder / 'log.txt').read_text()[-1500:]}"
+        codes = [ended(child) for child in start_all(arguments, folder, self.ranks)]
+        if any(codes):
+            return moments, f"left with {codes}: {(folder / 'log.txt').read_text()[-1500:]}"
         ours = outcome(folder / "run")
         return moments, difference(ours[0], self.truth[0]) or difference(ours[1], self.truth[1], "logged")
 
@@ -233,6 +272,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ask", action="store_true")
     parser.add_argument("--real", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -259,7 +300,7 @@ def main() -> int:
                     own.mkdir()
                     for shared in ("model", "rows.jsonl"):
                         (own / shared).symlink_to(folder / shared)
-                    cases.append(Case(name, f"{BASE} {more}", own))
+                    cases.append(Case(name, f"{BASE} {more}", own, options.ranks, options.ask))
         for number in range(options.trials):
             case = cases[number % len(cases)]
             moments, wrong = case.trial(f"trial-{number}", rng, kills=rng.choice([1, 1, 2]))

@@ -38,6 +38,9 @@ EDGES = "tests/weighting/test_formulas.py"
 SHARDING = "tests/sharding/test_"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
+PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
+LEFT = f"{PREEMPTION}test_the_step_is_finished_and_saved_and_the_rest_is_as_undisturbed"
+
 SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
 BEFORE = 'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:])'
 MODIFIERS, MIXING = "weighting/modifiers.py", "weighting/mixing.py"
@@ -348,6 +351,26 @@ FAULTS = [
           GRADIENT),
     fault(0, "formula of the sentence: the batch for a sentence", "weighting/sentence.py", 'if self.mean == "geometric" else tokens.sequence_sum', 'if self.mean == "geometric" else lambda x: x.sum().expand(len(x))',
           PACKED),
+    fault(21, "asked to leave, it does not save", "callbacks/checkpoints.py", "or last or self._leaving", "or last", LEFT),
+    fault(21, "asked to leave after the last step, it asks to be started again", "callbacks/checkpoints.py",
+          "LEAVE in wished and step < module.total_steps", "LEAVE in wished", f"{PREEMPTION}test_after_the_last_step_the_run_just_ends"),
+    fault(21, "a validation that is due is left out", "callbacks/checkpoints.py", "if self._now and not _validates_now(trainer):",
+          "if self._now and (self._leaving or not _validates_now(trainer)):", f"{PREEMPTION}test_a_validation_that_is_due_comes_first"),
+    fault(21, "Lightning handles signals, too", "callbacks/preemption.py", "        _without_lightnings(trainer)\n", "",
+          f"{PREEMPTION}test_lightnings_own_handling_is_off_and_the_handlers_come_back"),
+    fault(21, "data workers die of a signal to the job", "data/datamodule.py", "only_from_the_parent if workers else None", "None",
+          f"{PREEMPTION}test_data_workers_outlive_a_signal_to_the_whole_job"),
+    fault(21, "a second signal waits for the first", "signals.py", "                os._exit(AGAIN)", "                pass",
+          "tests/test_signals.py::test_a_second_one_ends_the_process_at_once_even_where_python_runs_no_handler"),
+    fault(21, "a signal that is handed on twice ends the run", "signals.py", "> APART", "> 0",
+          "tests/test_signals.py::test_a_second_one_ends_the_process_at_once_even_where_python_runs_no_handler"),
+    fault(21, "a worker's signal counts as its parent's", "signals.py", "        os.register_at_fork(after_in_child=self._forget)\n", "",
+          "tests/test_signals.py::test_a_forked_process_dies_of_a_signal_and_does_not_tell_its_parent"),
+    fault(12, "an export is not merged", "exporting/command.py", "        model = model.merge_and_unload()", "        pass",
+          f"{EXPORTED}TestLogits::test_of_a_merged_adapter"),
+    fault(20, "an export has the model's chat template, not the run's", "exporting/stored.py", 'load_tokenizer(source, options["chat_template"])',
+          "load_tokenizer(source)", f"{EXPORTED}TestLogits::test_with_the_chat_template_of_the_run"),
+    fault(21, "an export reads the optimizer", "exporting/stored.py", "mmap=True)", "mmap=False)", f"{EXPORTED}TestFolder::test_does_not_read_the_optimizer"),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from dft_lightning.callbacks.preemption import LEAVE, leave
 from dft_lightning.callbacks.throughput import not_training
 from dft_lightning.errors import UserError
 
@@ -52,14 +53,14 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
         self.best: float | None = None
         self._saved_at = 0
-        self._due = self._now = self._stop = False
+        self._due = self._now = self._stop = self._leaving = False
         self._validated_on: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
-        self._due = self._stop = False
+        self._due = self._stop = self._leaving = False
         cast("FineTuner", pl_module).step.wishes[_WISH] = self._is_late
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
@@ -76,17 +77,17 @@ class Checkpoints(Checkpoint):
                 self._stop, trainer.should_stop = True, False
             return
         trainer.should_stop |= self._stop
-        step, skipped = trainer.global_step, cast("FineTuner", pl_module).step.skipped
+        module = cast("FineTuner", pl_module)
+        step, skipped, wished = trainer.global_step, module.step.skipped, module.step.wished
         if step == self._saved_at:
             return
         if skipped.too_many:
             self._save(trainer, "stopped")
             return
-        late = _WISH in cast("FineTuner", pl_module).step.wished  # of one rank's clock, and known to all of them
-        self._due |= step % self.every_n_steps == 0 or late
-        self._now = (
-            (self._due and not skipped.in_a_row) or _stops(trainer) or step == cast("FineTuner", pl_module).total_steps
-        )
+        self._due |= step % self.every_n_steps == 0 or _WISH in wished  # of one rank's clock, and known to all of them
+        self._leaving = LEAVE in wished and step < module.total_steps  # after the last one only the export is left
+        last = _stops(trainer) or step == module.total_steps
+        self._now = (self._due and not skipped.in_a_row) or last or self._leaving
         if self._now and not _validates_now(trainer):
             self._save(trainer, "last")
 
@@ -124,6 +125,8 @@ class Checkpoints(Checkpoint):
             return
         with not_training(trainer):
             self._write(trainer, name)
+        if name == "last" and self._leaving:
+            leave(trainer, f"after step {trainer.global_step:,}, which is saved")
 
     def _write(self, trainer: pl.Trainer, name: str) -> None:
         if name == "last":

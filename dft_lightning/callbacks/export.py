@@ -1,17 +1,18 @@
 """At the end of training, the model as a folder that transformers loads."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
-from dft_lightning.errors import UserError
+from dft_lightning.exporting.card import card, is_metric, logged_metrics
+from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
+from dft_lightning.exporting.stored import Stored, read_stored, weights_of
+from dft_lightning.resume import facts_of
 from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -48,71 +49,49 @@ class Export(Callback):
         if not self.enabled or getattr(trainer, "fast_dev_run", False):
             return
         module = cast("FineTuner", pl_module)
-        best = checkpoint_folder(trainer.default_root_dir) / "best.ckpt"
-        if self.which == "best" and not best.exists():
-            rank_zero_warn(f"export.which is 'best', but there is no {best} (no validation?): exporting the last state")
-        if self.which == "best" and best.exists():
-            model = _of_checkpoint(module, best) if trainer.is_global_zero else None
-        else:
-            model = _of_the_run(module)
+        stored = _best(trainer) if self.which == "best" else None
+        gathered = _gathered(module) if stored is None else None
         if trainer.is_global_zero:
-            self._write(trainer, module, model)
+            self._write(module, stored, gathered)
 
-    def _write(self, trainer: pl.Trainer, module: "FineTuner", model: Any) -> None:
+    def _write(self, module: "FineTuner", stored: Stored | None, gathered: Stored | None) -> None:
+        source = stored or gathered
+        model = module.model if source is None else source.model()
         base = model.get_base_model() if module.lora is not None else model
         add_stops(base.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
-        folder = Path(trainer.default_root_dir) / "export"
-        write_model(model, module.tokenizer, folder)
+        folder = Path(module.trainer.default_root_dir) / "export"
+        _write(module, stored, model, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
         if self.merge_lora and module.lora is not None:
-            write_model(copy.deepcopy(model).merge_and_unload(), module.tokenizer, folder.with_name("export-merged"))
+            merged = copy.deepcopy(model).merge_and_unload()
+            _write(module, stored, merged, folder.with_name("export-merged"), is_merged=True)
 
 
-def stop_ids(tokenizer: Any, stop_tokens: list[str]) -> list[int]:
-    """The ids of these tokens.
-
-    Raises:
-        UserError: one of them is no token of the tokenizer.
-    """
-    known = tokenizer.get_vocab()
-    if unknown := [token for token in stop_tokens if token not in known]:
-        raise UserError(f"export.stop_tokens: {unknown} are no tokens of the tokenizer")
-    return [known[token] for token in stop_tokens]
+def _best(trainer: pl.Trainer) -> Stored | None:
+    """The best state so far; None where there is none."""
+    checkpoint = checkpoint_folder(trainer.default_root_dir) / "best.ckpt"
+    if checkpoint.exists():
+        return read_stored(checkpoint)
+    rank_zero_warn(f"export.which is 'best', but there is no {checkpoint} (no validation?): exporting the last state")
+    return None
 
 
-def add_stops(generation: Any, stops: list[int]) -> None:
-    """Let generation end at these tokens too."""
-    ends = generation.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends += [stop for stop in dict.fromkeys(stops) if stop not in ends]
-    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-
-
-def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """`save_pretrained` of model and tokenizer into a folder that is either whole or not there."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-def _of_the_run(module: "FineTuner") -> Any:
-    """The live model; a whole copy of it, on the first rank, where its weights are dealt over the ranks."""
+def _gathered(module: "FineTuner") -> Stored | None:
+    """The present state, whole on the first rank, where its weights are dealt over the ranks, which all have to ask."""
     strategy = module.trainer.strategy
     if not isinstance(strategy, FSDP2Strategy):
-        return module.model
-    state = strategy.lightning_module_state_dict()
-    return _with_weights(module, state) if module.trainer.is_global_zero else None
+        return None
+    weights = weights_of(strategy.lightning_module_state_dict())
+    return Stored(dict(module.hparams), weights, module.trainer.global_step, facts_of(module))
 
 
-def _of_checkpoint(module: "FineTuner", checkpoint: Path) -> Any:
-    """A copy of the model with the weights of a checkpoint."""
-    return _with_weights(module, torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
-
-
-def _with_weights(module: "FineTuner", state: dict[str, Any]) -> Any:
-    model, prefix = module.initial_model(), "network.model."
-    model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
-    return model
+def _write(module: "FineTuner", stored: Stored | None, model: Any, folder: Path, is_merged: bool = False) -> None:
+    """One of the folders, with the card of a checkpoint, or of what the training has come to."""
+    trainer = module.trainer
+    run_dir = Path(trainer.default_root_dir)
+    if stored is None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if is_metric(name)}
+        text = card(module.hparams, facts_of(module), trainer.global_step, metrics, run_dir, is_merged)
+    else:
+        text = card(stored.options, stored.facts, stored.step, logged_metrics(run_dir, stored.step), run_dir, is_merged)
+    write_model(model, module.tokenizer, folder, text)

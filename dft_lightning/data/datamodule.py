@@ -18,6 +18,7 @@ from dft_lightning.data.sources import Columns
 from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.errors import UserError
+from dft_lightning.signals import only_from_the_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -284,6 +285,7 @@ class ChatDataModule(pl.LightningDataModule):
             batch_sampler=cast("Sampler[Any]", sampler),
             collate_fn=self._collator(sampler, stage),
             num_workers=workers,
+            worker_init_fn=only_from_the_parent if workers else None,
             generator=torch.Generator(),  # it draws from the global one otherwise
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

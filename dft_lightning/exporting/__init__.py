@@ -1,0 +1,1 @@
+"""From what a run has learnt to a folder that transformers loads."""

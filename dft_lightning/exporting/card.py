@@ -1,0 +1,114 @@
+"""The model card of an exported model: what made it what it is, in the form the hub reads."""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGES = ("dft-lightning", "lightning", "torch", "transformers", "peft")
+
+
+def card(
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    step: int,
+    metrics: Mapping[str, float],
+    run_dir: Path,
+    merged: bool = False,
+) -> str:
+    """README.md of a model.
+
+    Args:
+        options: those of the run's `FineTuner`.
+        facts: see `resume.facts_of`.
+        metrics: the last that was logged at this step or before.
+        run_dir: holds config.yaml, from which the data are known.
+        merged: whether an adapter is part of the weights.
+    """
+    weighting, base = said(options["weighting"]), str(options["model_name"])
+    objective = {"Weighting": f"`{weighting}`", "Normalised by": options["normalize"], "Base model": f"`{base}`"}
+    if options["lora"] is not None:
+        given = ", ".join(f"{key} {value}" for key, value in options["lora"].items())
+        objective["LoRA"] = f"{given}; {'merged into the weights' if merged else 'this folder is the adapter'}"
+    objective["Optimizer steps"] = f"{step:,} of {facts['settings']['steps']:,}"
+    objective |= {key: value for key, value in facts["settings"].items() if key != "steps" and value is not None}
+    shown = {name: f"{value:.6g}" for name, value in sorted(metrics.items())} or {"none": "was logged beside it"}
+    parts = [
+        _front(options, weighting, adapter=options["lora"] is not None and not merged),
+        f"# {Path(base).name}, fine-tuned by {weighting}",
+        "Each token's log-likelihood was weighted: loss = −Σ sg(w)·log π(y), with w as below.",
+        _table(objective),
+        "## Data",
+        _data(run_dir),
+        _table(facts["identity"]["data"]),
+        f"## Metrics at step {step:,}",
+        _table(shown),
+        "## Versions",
+        _table(_versions()),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def said(spec: Any) -> str:
+    """A weighting's specification as one would call it in Python."""
+    if isinstance(spec, Mapping) and "class_path" in spec:
+        given = ", ".join(f"{key}={said(value)}" for key, value in spec.get("init_args", {}).items())
+        return f"{spec['class_path'].rpartition('.')[2]}({given})"
+    return repr(spec)
+
+
+def logged_metrics(run_dir: Path, step: int) -> dict[str, float]:
+    """The last value of each metric that TensorBoard's events have up to a step: `val/…`, and `train/nll`."""
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    if not (run_dir / "tensorboard").is_dir():
+        return {}
+    kept = {"scalars": 0, "histograms": 1, "images": 1, "tensors": 1}
+    events = event_accumulator.EventAccumulator(str(run_dir / "tensorboard"), kept)
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        if is_metric(tag) and (upto := [event.value for event in events.Scalars(tag) if event.step <= step]):
+            found[tag] = float(upto[-1])
+    return found
+
+
+def is_metric(name: str) -> bool:
+    """Whether a logged value belongs on the card."""
+    return name.startswith("val/") or name == "train/nll"
+
+
+def _front(options: Mapping[str, Any], weighting: str, adapter: bool) -> str:
+    tags = ["dft-lightning", weighting.partition("(")[0]]
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    if not os.path.exists(options["model_name"]):  # a folder of this machine says nothing to others
+        head["base_model"] = options["model_name"]
+    return f"---\n{yaml.safe_dump(head | {'tags': tags}, sort_keys=False)}---"
+
+
+def _data(run_dir: Path) -> str:
+    """The `data` of the run's configuration, without what it leaves open."""
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+    given = {key: value for key, value in (config.get("init_args") or {}).items() if value is not None}
+    return f"```yaml\n{yaml.safe_dump({**config, 'init_args': given}, sort_keys=False)}```"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in rows.items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells.items())])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # peft is optional
+            continue
+    return found

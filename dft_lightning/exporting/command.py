@@ -1,0 +1,95 @@
+"""`dft export CHECKPOINT OUT`: a Hugging Face folder out of a run's checkpoint, on one CPU."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from dft_lightning.exporting.stored import Stored
+
+_HELP = """Makes a Hugging Face folder out of a checkpoint: safetensors in shards, tokenizer, generation config, card.
+Configuration and tokenizer come from where the run had them, the weights from the checkpoint alone; the optimizer's
+state is not read. An adapter is written as such."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as everywhere in `dft`."""
+        self.exit(2, f"dft: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dft export", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="such as runs/default/checkpoints/last.ckpt"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
+    merge = "add an adapter's product to the weights it adapts, and write a model without adapter"
+    parser.add_argument("--merge_lora", type=_bool, default=False, metavar="true|false", help=merge)
+    parser.add_argument("--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="also end an answer")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights (5GB)")
+    parser.add_argument(
+        "--model_name", help="where configuration and tokenizer are by now, if not where the run had them"
+    )
+    return parser
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def export(given: argparse.Namespace) -> dict[str, Any]:
+    """Write the folder; what there is to say of it.
+
+    Raises:
+        UserError: see `read_stored`; or the folder is there already, or there is no adapter to merge.
+    """
+    out: Path = given.out
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists; give a folder that does not, or remove it")
+    from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
+    from dft_lightning.exporting.stored import read_stored
+
+    stored = read_stored(given.checkpoint)
+    has_adapter = stored.options["lora"] is not None
+    if given.merge_lora and not has_adapter:
+        raise UserError(f"--merge_lora true, but {given.checkpoint} is of a run without adapter: leave it out")
+    tokenizer, model = stored.tokenizer(given.model_name), stored.model(given.model_name)
+    base = model.get_base_model() if has_adapter else model
+    add_stops(base.generation_config, stop_ids(tokenizer, given.stop_tokens))
+    if given.merge_lora:
+        model = model.merge_and_unload()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
+    kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
+    return {"kind": kind, "parameters": sum(weight.numel() for weight in model.parameters()), "step": stored.step}
+
+
+def _card(stored: "Stored", given: argparse.Namespace) -> str:
+    from dft_lightning.exporting.card import card, logged_metrics
+
+    run_dir = given.checkpoint.absolute().parent.parent
+    metrics = logged_metrics(run_dir, stored.step)
+    return card(stored.options, stored.facts, stored.step, metrics, run_dir, given.merge_lora)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run `dft export` with these arguments; 2 where they cannot be used."""
+    sys.path.insert(0, os.getcwd())
+    given = _parser().parse_args(args)
+    try:
+        done = export(given)
+    except (UserError, OSError) as error:
+        print(f"dft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"Wrote {done['kind']} ({done['parameters']:,} parameters, step {done['step']:,}) to {given.out}")
+    return 0

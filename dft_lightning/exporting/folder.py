@@ -1,0 +1,45 @@
+"""A Hugging Face folder: weights in shards, tokenizer, generation config, model card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dft_lightning.errors import UserError
+
+SHARD = "5GB"
+"""Largest file of weights, as on the hub; one is in memory at a time."""
+
+
+def stop_ids(tokenizer: Any, stop_tokens: list[str]) -> list[int]:
+    """The ids of these tokens.
+
+    Raises:
+        UserError: one of them is no token of the tokenizer.
+    """
+    known = tokenizer.get_vocab()
+    if unknown := [token for token in stop_tokens if token not in known]:
+        raise UserError(f"export.stop_tokens: {unknown} are no tokens of the tokenizer")
+    return [known[token] for token in stop_tokens]
+
+
+def add_stops(generation: Any, stops: list[int]) -> None:
+    """Let generation end at these tokens too."""
+    ends = generation.eos_token_id
+    ends = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
+    ends += [stop for stop in dict.fromkeys(stops) if stop not in ends]
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path, card: str, shard: str = SHARD) -> None:
+    """`save_pretrained` of model and tokenizer into a folder that is either whole or not there.
+
+    Args:
+        card: the text of README.md, in place of what peft would write.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, max_shard_size=shard)
+    tokenizer.save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

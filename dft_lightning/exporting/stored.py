@@ -1,0 +1,108 @@
+"""The model of a checkpoint, built from the checkpoint alone and the base model's configuration: no base weights."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dft_lightning.errors import UserError
+from dft_lightning.models import LoRA, ModelSource, add_lora, load_tokenizer, loading
+from dft_lightning.resume import CHECKPOINT_KEY
+
+_PREFIX = "network.model."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an export needs of a checkpoint; the weights stay on disk until they are used."""
+
+    options: dict[str, Any]
+    """Those of the run's `FineTuner`."""
+    weights: dict[str, Tensor]
+    step: int
+    facts: dict[str, Any]
+    """See `resume.facts_of`."""
+
+    def source(self, model_name: str | None = None) -> ModelSource:
+        """Where configuration and tokenizer are; `model_name` stands for the run's own."""
+        options = self.options
+        return ModelSource(
+            model_name or options["model_name"],
+            next(iter(self.weights.values())).dtype,
+            revision=None if model_name else options["revision"],
+            trust_remote_code=options["trust_remote_code"],
+        )
+
+    def tokenizer(self, model_name: str | None = None) -> Any:
+        """The run's tokenizer, with the chat template it had."""
+        options, source = self.options, self.source(model_name)
+        if options["tokenizer_name"] is not None and model_name is None:
+            source = ModelSource(options["tokenizer_name"], trust_remote_code=source.trust_remote_code)
+        return load_tokenizer(source, options["chat_template"])
+
+    def model(self, model_name: str | None = None) -> Any:
+        """The transformers model with these weights, in a peft model where the run trained an adapter.
+
+        Raises:
+            UserError: the configuration cannot be loaded, or is not of these weights.
+        """
+        source, lora = self.source(model_name), self.options["lora"]
+        model: Any = _without_weights(source)
+        base = model
+        if lora is not None:
+            with torch.device("meta"):
+                model = add_lora(model, LoRA(**lora))
+        try:
+            model.load_state_dict(self.weights, assign=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"the weights are not those of a model like {source.name!r} ({' '.join(str(error).split())[:200]}): "
+                "has its config.json changed since the run? --model_name names another folder"
+            ) from error
+        base.tie_weights()
+        return model.eval()
+
+
+def _without_weights(source: ModelSource) -> Any:
+    """The model on the meta device, with its generation config."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    options: dict[str, Any] = {"revision": source.revision}
+    with loading("configuration", source):
+        config = AutoConfig.from_pretrained(source.path(), trust_remote_code=source.trust_remote_code, **options)
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            model = build(config, dtype=source.dtype, trust_remote_code=source.trust_remote_code)
+    with suppress(OSError):  # where it has none, that of the configuration stays
+        model.generation_config = GenerationConfig.from_pretrained(source.path(), **options)
+    return model
+
+
+def read_stored(checkpoint: Path) -> Stored:
+    """Open a checkpoint of a run without reading its tensors, the optimizer's least of all.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or no run of ours has written it.
+    """
+    if not checkpoint.exists():
+        raise UserError(f"there is no checkpoint {checkpoint}; runs write theirs to RUN_DIR/checkpoints/last.ckpt")
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is a folder; expected a checkpoint file, such as RUN_DIR/checkpoints/last.ckpt")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and file system have no common class
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot read {checkpoint}: it is damaged, or no checkpoint ({reason})") from error
+    if not isinstance(content, dict) or not {CHECKPOINT_KEY, "hyper_parameters", "state_dict"} <= content.keys():
+        raise UserError(f"{checkpoint} was not written by a training run of dft-lightning")
+    options, weights = dict(content["hyper_parameters"]), weights_of(content["state_dict"])
+    return Stored(options, weights, int(content["global_step"]), content[CHECKPOINT_KEY])
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of the transformers or peft model, by its own names, out of the state of a `FineTuner`."""
+    return {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}

@@ -1,0 +1,99 @@
+"""What a signal does to a process that watches for it, to its workers, and where the main thread cannot be reached."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dft_lightning.signals import AGAIN, APART
+
+WATCH = "import os, signal, time, hashlib\nfrom dft_lightning.signals import NOTICE\n"
+# seconds of work that lets other threads run, and that no signal interrupts
+BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+
+
+def started(body: str) -> subprocess.Popen:
+    """A process that says when it is ready."""
+    lines = "\n    ".join(body.splitlines())
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{WATCH}with NOTICE.watching():\n    {lines}"], stdout=-1, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_nobody_looks_at_ends_the_process_with_85(number):
+    process = started("print('ready', flush=True)\ntime.sleep(60)")
+    process.send_signal(number)
+    assert process.wait(30) == AGAIN == 85
+
+
+def test_one_that_is_kept_is_named_and_ends_nothing():
+    process = started(
+        "NOTICE.is_kept = True\nprint('ready', flush=True)\n"
+        "while not NOTICE.received: time.sleep(0.01)\nprint(NOTICE.received)"
+    )
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=30)[0] == "SIGUSR1\n"
+    assert process.returncode == 0
+
+
+def test_a_second_one_ends_the_process_at_once_even_where_python_runs_no_handler():
+    """But not one that comes right after the first: a scheduler and torchrun may both have sent the same wish."""
+    process = started(f"NOTICE.is_kept = True\nprint('ready', flush=True)\n{BUSY}")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(APART + 0.5)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == AGAIN
+    assert time.monotonic() - began < 10
+
+
+def test_afterwards_signals_do_what_they_did_before():
+    body = "NOTICE.is_kept = True\nos.kill(os.getpid(), signal.SIGTERM)\nprint('ready', flush=True)"
+    lines = "\n    ".join(body.splitlines())
+    code = f"{WATCH}with NOTICE.watching():\n    {lines}\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)"
+    process = subprocess.run([sys.executable, "-c", code], timeout=30)
+    assert process.returncode == -signal.SIGTERM
+
+
+FORK = """
+from dft_lightning.signals import only_from_the_parent
+NOTICE.is_kept = True
+child = os.fork()
+if not child:
+    {prepare}
+    time.sleep(60)
+    os._exit(3)
+time.sleep(0.5)
+print('ready', flush=True)
+print(child, flush=True)
+{then}
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(code, NOTICE.received, flush=True)
+"""
+
+
+def test_a_forked_process_dies_of_a_signal_and_does_not_tell_its_parent():
+    process = started(FORK.format(prepare="pass", then="").strip())
+    child = int(process.stdout.readline())
+    os.kill(child, signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == f"{-signal.SIGTERM} None\n"
+
+
+def test_a_data_worker_survives_a_signal_to_the_whole_job_but_not_its_parents():
+    then = "while not NOTICE.received: time.sleep(0.01)\nos.kill(child, 0)\nos.kill(child, signal.SIGTERM)"
+    process = started(FORK.format(prepare="only_from_the_parent(0)", then=then).strip())
+    child = int(process.stdout.readline())
+    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "0 SIGTERM\n"
