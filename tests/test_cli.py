@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import sums, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dft_lightning.__main__ import main
+from dft_lightning.adapters import LoRA
 from dft_lightning.embedded import NAME
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -433,7 +435,7 @@ class TestConfigs:
         assert leaving.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
         if file == "lora":
-            assert config["model"]["lora"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
+            assert config["model"]["lora"] == asdict(LoRA(rank=8, alpha=16, dropout=0.0, target_modules="all-linear"))
         if file == "packing":
             assert config["data"]["init_args"]["packing"] == "padding_free"
             assert config["data"]["init_args"]["num_samples"] == 100000
