@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import UserError
 
@@ -53,6 +54,21 @@ def add_lora(model: Any, lora: LoRA) -> Any:
         raise UserError(f"LoRA cannot be added: {error} — see --model.lora.target_modules") from error
     begin_at_the_model(adapted)
     return adapted
+
+
+def prepare_adapters(model: nn.Module, *, initial: bool) -> None:
+    """What adapters need before a fit on the device where they are by now; `initial` if nothing is learnt yet.
+
+    Raises:
+        UserError: DoRA on sharded weights, whose rows are gathered in another precision than they are held in.
+    """
+    if any(isinstance(magnitude.weight, DTensor) for _, _, magnitude in _magnitudes(model)):
+        raise UserError(
+            "model.lora.dora is true, but the model is sharded, where DoRA would not begin as the model it adapts: "
+            "set model.lora.dora false, or trainer.strategy ddp"
+        )
+    if initial:
+        begin_at_the_model(model)
 
 
 @torch.no_grad()

@@ -4,13 +4,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tiny_model
 from harness import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dft_lightning import FineTuner
-from dft_lightning.adapters import LoRA, add_lora, begin_at_the_model
+from dft_lightning.adapters import LoRA, add_lora, begin_at_the_model, prepare_adapters
+from dft_lightning.errors import UserError
 from dft_lightning.resume import identity_by_options
 from dft_lightning.weighting import ImportanceWeighted
 
@@ -112,6 +116,21 @@ def test_another_device_adds_up_in_another_order(model_dir, rows_file):
     module = {"lora": KINDS["dora"]}
     tuner = fit(model_dir, rows_file, ImportanceWeighted(), module=module, kind=Elsewhere, max_steps=1)[0]
     assert torch.equal(tuner.seen[0], torch.ones_like(tuner.seen[0]))
+
+
+def test_sharded_magnitudes_are_refused():
+    """Their rows are gathered in another precision than they are held in."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for kind, refused in (("plain", nullcontext()), ("dora", pytest.raises(UserError, match=r"dora is true.*ddp"))):
+            model = add_lora(tiny_model(), KINDS[kind])
+            for layer in model.get_decoder().layers:
+                fully_shard(layer, mesh=mesh)
+            with refused:
+                prepare_adapters(model, initial=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_dora_has_learnt_outlives_a_restart(model_dir, rows_file, tmp_path):

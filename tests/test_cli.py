@@ -119,7 +119,8 @@ class TestFit:
         ):
             assert said in printed, said
         run = Path("run")
-        assert {path.name for path in run.iterdir()} == {"config.yaml", "checkpoints", "export", "tensorboard"}
+        files = {"config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
+        assert {path.name for path in run.iterdir()} == files
         assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
         logged = scalars(run)
         assert sorted(logged["train/objective"]) == [1, 2, 3, 4, 5, 6]

@@ -1,6 +1,7 @@
 """What happens around the training steps."""
 
 from dft_lightning.callbacks.checkpoints import Checkpoints
+from dft_lightning.callbacks.environment import Environment
 from dft_lightning.callbacks.export import Export
 from dft_lightning.callbacks.progress import Progress
 from dft_lightning.callbacks.run_summary import RunSummary
@@ -10,6 +11,7 @@ from dft_lightning.callbacks.token_scores import TokenScores
 
 __all__ = [
     "Checkpoints",
+    "Environment",
     "Export",
     "Progress",
     "RunSummary",

@@ -159,7 +159,8 @@ def activations(config: Any, shape: MicroBatch, setting: Setting) -> int:
     Each layer adds as much as any other: two and three of them are rehearsed.
     """
     two, three = (rehearse(_with_layers(config, count), None, shape, setting).peak for count in (2, 3))
-    return two + (three - two) * (config.num_hidden_layers - 2)
+    layers: int = config.num_hidden_layers
+    return two + (three - two) * (layers - 2)
 
 
 def _with_layers(config: Any, count: int) -> Any:
