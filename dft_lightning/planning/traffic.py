@@ -62,7 +62,7 @@ def moved_by_group(shapes: Iterable[Shape], mesh: Mesh, precision: Precision, ga
 
 
 def moved_between_copies(shapes: Iterable[Shape], mesh: Mesh, precision: Precision) -> Traffic:
-    """Of one group, once a step: the shares of gradients summed over the copies, an all-reduce.
+    """Of one group in a backward pass: the shares of gradients summed over the copies, an all-reduce.
 
     Copies are in nodes of their own, each device has its partners behind its own adapter; copies within one node have
     them behind NVLink.
@@ -75,12 +75,14 @@ def moved_between_copies(shapes: Iterable[Shape], mesh: Mesh, precision: Precisi
 def moved(weights: Weights, mesh: Mesh, precision: Precision, micro_batches: int = 1) -> Traffic:
     """What a device gets in an optimizer step.
 
-    The layers are gathered twice in each micro-batch, forward and backward; what is around them once, and kept.
+    In each micro-batch the layers are gathered twice, forward and backward, and what is around them once; gradients are
+    summed within the group, and between the copies.
     """
     layer = moved_by_group(weights.layer, mesh, precision, gathers=2).times(weights.layers)
     rest = moved_by_group(weights.rest, mesh, precision, gathers=1)
     between = moved_between_copies(weights.layer, mesh, precision).times(weights.layers)
-    return (layer + rest).times(micro_batches) + between + moved_between_copies(weights.rest, mesh, precision)
+    between += moved_between_copies(weights.rest, mesh, precision)
+    return (layer + rest + between).times(micro_batches)
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,9 @@ def step_time(
     weights: Weights, mesh: Mesh, precision: Precision, links: Links, computing: float, micro_batches: int = 1
 ) -> StepTime:
     """Of a step in which each device computes for so many seconds."""
-    around = links.seconds(moved_by_group(weights.rest, mesh, precision, gathers=1)) * micro_batches
+    around = links.seconds(moved_by_group(weights.rest, mesh, precision, gathers=1))
     around += links.seconds(moved_between_copies(weights.rest, mesh, precision))
-    return StepTime(computing, links.seconds(moved(weights, mesh, precision, micro_batches)), around)
+    return StepTime(computing, links.seconds(moved(weights, mesh, precision, micro_batches)), around * micro_batches)
 
 
 def tokens_to_hide(weights: Weights, mesh: Mesh, precision: Precision, links: Links, a_token: float) -> float:

@@ -51,11 +51,10 @@ def test_layers_are_gathered_twice_and_the_rest_once():
     assert traffic.calls == 3 * (4 * 3 + 2)
 
 
-def test_copies_add_up_once_a_step():
+def test_copies_add_up_in_every_micro_batch():
     one, three = (moved(WEIGHTS, Mesh(8, 4), MASTERS, count) for count in (1, 3))
-    total = WEIGHTS.total
-    assert one.far == three.far == pytest.approx(2 * 3 / 4 * total / 8 * 4)
-    assert three.near == 3 * one.near
+    assert one.far == pytest.approx(2 * 3 / 4 * WEIGHTS.total / 8 * 4)
+    assert three == one.times(3)
 
 
 class TestStepTime:
@@ -65,10 +64,10 @@ class TestStepTime:
         assert StepTime(computing=10.0, moving=41.0, alone=1.0).efficiency == pytest.approx(10 / 41)
 
     def test_what_is_around_the_layers_is_not_hidden(self):
-        """Per micro-batch within the group, and once between the copies."""
+        """Within the group, and between the copies."""
         group = PLAIN.seconds(moved_by_group(WEIGHTS.rest, Mesh(8, 4), MASTERS, gathers=1))
         between = 2 * 3 / 4 * 4 * 2048 * 64 / 8 / 10.0
-        assert step_time(WEIGHTS, Mesh(8, 4), MASTERS, PLAIN, 1.0, 3).alone == pytest.approx(3 * group + between)
+        assert step_time(WEIGHTS, Mesh(8, 4), MASTERS, PLAIN, 1.0, 3).alone == pytest.approx(3 * (group + between))
 
     def test_one_device_only_computes(self):
         assert step_time(WEIGHTS, Mesh(1), MASTERS, H200, 7.0).total == 7
