@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.callbacks import (
     Checkpoints,
+    Environment,
     Export,
     Preemption,
     Progress,
@@ -127,8 +128,8 @@ class CommandLine(LightningCLI):
             "--run_dir",
             type=str,
             default="runs/default",
-            help="Folder of the run: config.yaml, tensorboard/, checkpoints/, export/, predictions/. The same command "
-            "goes on there.",
+            help="Folder of the run: config.yaml, environment.json, tensorboard/, checkpoints/, export/, predictions/. "
+            "The same command goes on there.",
         )
         parser.add_argument(
             "--overwrite",
@@ -197,7 +198,8 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
         given = self._get(self.config_init, "trainer")
-        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else [RunSummary(), Preemption()]
+        fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption()]
+        own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
         if given["enable_progress_bar"] is not False:
             own.append(Progress())
         if given["logger"] in (None, True):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning import embedded, varlen
+from dft_lightning.adapters import LoRA as LoRA
+from dft_lightning.adapters import add_lora as add_lora
 from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
@@ -23,23 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
-
-
-@dataclass
-class LoRA:
-    """Low-rank adapters by peft; the defaults are those of the DFT paper's LoRA runs (arXiv 2508.05629).
-
-    Args:
-        rank: rank of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: dropout on the adapters' input.
-        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head.
-    """
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
 
 
 @dataclass
@@ -115,25 +100,6 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     if chat_template is not None:
         tokenizer.chat_template = load_chat_template(chat_template)
     return tokenizer
-
-
-def add_lora(model: Any, lora: LoRA) -> Any:
-    """The model with adapters to train and everything else frozen (a `peft.PeftModel`)."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("LoRA needs peft: install it with pip install 'dft-lightning[peft]'") from error
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"LoRA cannot be added: {error} — see --model.lora.target_modules") from error
 
 
 class WeightedLM(nn.Module):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.adapters import prepare_adapters
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
@@ -225,6 +226,7 @@ class FineTuner(WeightedModule):
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()
+        prepare_adapters(self._network, initial=self.is_initial)
         self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
 

@@ -31,9 +31,14 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
         "model": {"name": _place(hparams["model_name"])},
         "weighting": {"": hparams["weighting"]},
         "normalize": {"": hparams["normalize"]},
-        "lora": {"": hparams["lora"]},
+        "lora": {"": _lora(hparams["lora"])},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
+
+
+def _lora(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Without switches that are off: a checkpoint from before there were such does not name them."""
+    return None if options is None else {name: value for name, value in options.items() if value is not False}
 
 
 def identity(module: "FineTuner") -> Identity:

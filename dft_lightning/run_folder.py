@@ -15,6 +15,7 @@ from dft_lightning.resume import age, identity_by_options
 #: What belongs to a run.
 _CONTENTS = (
     "config.yaml",
+    "environment.json",
     "tensorboard",
     "checkpoints",
     "export",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import sums, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dft_lightning.__main__ import main
+from dft_lightning.adapters import LoRA
 from dft_lightning.embedded import NAME
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -118,7 +120,8 @@ class TestFit:
         ):
             assert said in printed, said
         run = Path("run")
-        assert {path.name for path in run.iterdir()} == {"config.yaml", "checkpoints", "export", "tensorboard"}
+        files = {"config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
+        assert {path.name for path in run.iterdir()} == files
         assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
         logged = scalars(run)
         assert sorted(logged["train/objective"]) == [1, 2, 3, 4, 5, 6]
@@ -434,7 +437,7 @@ class TestConfigs:
         assert leaving.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
         if file == "lora":
-            assert config["model"]["lora"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
+            assert config["model"]["lora"] == asdict(LoRA(rank=8, alpha=16, dropout=0.0, target_modules="all-linear"))
         if file == "packing":
             assert config["data"]["init_args"]["packing"] == "padding_free"
             assert config["data"]["init_args"]["num_samples"] == 100000

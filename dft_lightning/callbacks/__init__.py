@@ -1,6 +1,7 @@
 """What happens around the training steps."""
 
 from dft_lightning.callbacks.checkpoints import Checkpoints
+from dft_lightning.callbacks.environment import Environment
 from dft_lightning.callbacks.export import Export
 from dft_lightning.callbacks.preemption import Preemption
 from dft_lightning.callbacks.progress import Progress
@@ -12,6 +13,7 @@ from dft_lightning.callbacks.token_scores import TokenScores
 
 __all__ = [
     "Checkpoints",
+    "Environment",
     "Export",
     "Preemption",
     "Progress",

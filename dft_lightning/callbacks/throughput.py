@@ -45,6 +45,7 @@ class Speed:
         seconds: of training; validation, checkpoints and reports on the probe are left out.
         waited: seconds of these in which the loop waited for a batch, a mean over the ranks.
         memory: peak bytes since the start on the rank that has most, by name.
+        spread: least, mean and most over the ranks, by the name under which it is logged; nothing on one rank.
     """
 
     tokens: float
@@ -55,6 +56,7 @@ class Speed:
     waited: float
     ranks: int
     memory: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
 
     def metrics(self, peak: float | None) -> dict[str, float]:
         """What is logged; `mfu` where there is a peak (FLOP/s a device) and the operations are known."""
@@ -64,6 +66,7 @@ class Speed:
             "sequences_per_second": self.sequences / self.seconds,
             "loader_wait_share": self.waited / self.seconds,
             **{f"{name}_gib": size / 2**30 for name, size in self.memory.items()},
+            **self.spread,
         }
         if peak is not None and self.flops:
             values["mfu"] = self.flops / self.seconds / (self.ranks * peak)
@@ -81,6 +84,9 @@ class Throughput(Callback):
     P numbers in the decoder's linear layers, H·V in the head; a frozen one costs 4, not 6. A heads of width E attend to
     Σ t(t+1)/2 pairs of query and key in documents of t tokens (fewer in a sliding window). Padding, recomputation and
     passes without gradient count as no work. The peak is the maker's dense one for the precision of the products.
+
+    On several ranks, waiting is their mean and memory that of the one with most; beside, `_min`, `_mean` and `_max` of
+    both are logged, by which a rank with a slow disk or with longer rows is seen.
 
     Args:
         peak_flops: FLOP/s of one device at its best, for `mfu`; by default from a table of GPUs by name. Where it is
@@ -152,7 +158,8 @@ class Throughput(Callback):
         tokens, supervised, sequences, flops = ranks[:, :4].sum(0).tolist()
         seconds, waited = ranks[:, 4:6].mean(0).tolist()
         most = dict(zip(memory, ranks[:, 6:].amax(0).tolist(), strict=True))
-        return Speed(tokens, supervised, sequences, flops, seconds, waited, len(ranks), most)
+        spread = _spread(ranks, list(memory))
+        return Speed(tokens, supervised, sequences, flops, seconds, waited, len(ranks), most, spread)
 
 
 @contextmanager
@@ -181,6 +188,18 @@ def _formula(flops: ModelFlops, peak: float | None, of_what: str) -> str:
         f"mfu = ({flops.a_token:.4g}·tokens + {flops.a_supervised:.4g}·supervised tokens + {attention:.4g}·pairs that "
         f"attend) FLOPs, over seconds · {peak:.4g} FLOP/s a device ({of_what})"
     )
+
+
+def _spread(ranks: torch.Tensor, memory: list[str]) -> dict[str, float]:
+    """Least, mean and most over the ranks of waiting and of memory, from `ranks` (R, columns) as in `_speed`."""
+    if len(ranks) == 1:
+        return {}
+    columns = {"loader_wait_share": ranks[:, 5] / ranks[:, 4]}
+    columns |= {f"{name}_gib": ranks[:, 6 + place] / 2**30 for place, name in enumerate(memory)}
+    found: dict[str, float] = {}
+    for name, of in columns.items():
+        found |= {f"{name}_min": float(of.min()), f"{name}_mean": float(of.mean()), f"{name}_max": float(of.max())}
+    return found
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:

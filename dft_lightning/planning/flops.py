@@ -64,7 +64,7 @@ class ModelFlops:
 
 
 def model_flops(network: "WeightedLM") -> ModelFlops:
-    """What a model costs, adapters included.
+    """What a model costs, adapters included; but not the lengths of whole weights' rows that DoRA takes in each pass.
 
     With a frozen embedding the gradient by the input of the first layer's query, key and value is needed by nobody,
     but counted: a small part of one layer.

@@ -80,11 +80,12 @@ def test_no_best_checkpoint_is_said_and_the_last_is_exported(model_dir, rows_fil
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export")), logits(finetuner.model))
 
 
-def test_an_adapter_and_the_merged_model(model_dir, rows_file, tmp_path):
+@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=4, rslora=True), LoRA(rank=4, dora=True)])
+def test_an_adapter_and_the_merged_model(model_dir, rows_file, tmp_path, lora):
     """Merged, (W + BA)x is computed in another order than Wx + BAx: some units of float32 rounding of the logits."""
     from peft import PeftModel
 
-    module = FAST | {"lora": LoRA(rank=4)}
+    module = FAST | {"lora": lora}
     finetuner = run(model_dir, rows_file, tmp_path, Export(merge_lora=True), module=module)
     assert not (tmp_path / "export" / "model.safetensors").exists()
     base = AutoModelForCausalLM.from_pretrained(model_dir)

@@ -244,7 +244,7 @@ def test_no_step_waits_for_the_device(model_dir, rows_file, monkeypatch):
 
 
 def test_ranks_are_added_up():
-    """Work adds up, times are averaged, of memory the largest counts."""
+    """Work adds up, times are averaged, of memory the largest counts; how far the ranks are apart is kept."""
     other = torch.tensor([100.0, 10.0, 1.0, 1e6, 4.0, 3.0, 2.0**40], dtype=torch.float64)
     strategy = SimpleNamespace(root_device=torch.device("cpu"), all_gather=lambda mine: torch.stack([mine, other]))
     clock, throughput = Clock(), Throughput()
@@ -258,4 +258,14 @@ def test_ranks_are_added_up():
     assert (speed.tokens, speed.supervised, speed.sequences, speed.flops, speed.ranks) == (300, 30, 3, 4e6, 2)
     assert (speed.seconds, speed.waited) == (3.0, 2.0)
     assert speed.memory == {"peak_memory": 2.0**40}
+    logged, mine = speed.metrics(None), speed.spread["peak_memory_gib_min"]
+    assert 2**-5 < mine < 2**10  # of this process
+    assert {name: logged[name] for name in logged if name.endswith(("_min", "_mean", "_max"))} == {
+        "loader_wait_share_min": 0.5,
+        "loader_wait_share_mean": 0.625,
+        "loader_wait_share_max": 0.75,
+        "peak_memory_gib_min": mine,
+        "peak_memory_gib_mean": (mine + 2**10) / 2,
+        "peak_memory_gib_max": 2**10,
+    }
     assert throughput._work == _Work()

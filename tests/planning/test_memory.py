@@ -48,6 +48,16 @@ def test_with_adapters_only_they_have_states():
     assert need.held["optimizer states"] == pytest.approx(2 * need.gradients, rel=1e-3)
 
 
+def test_doras_magnitudes_are_counted():
+    """One number a row of each adapted weight: (32 + 2·16 + 32 + 2·48 + 32) rows a layer, with gradient and states."""
+    plain, dora = (memory(load(lora=LoRA(rank=2, dora=dora)), "none") for dora in (False, True))
+    magnitudes = 6 * (32 + 2 * 16 + 32 + 2 * 48 + 32) * 4
+    assert dora.gradients - plain.gradients == dora.held["weights"] - plain.held["weights"] == magnitudes
+    states = dora.held["optimizer states"] - plain.held["optimizer states"]
+    assert states == pytest.approx(2 * magnitudes, rel=1e-3)
+    assert dora.micro_batch.peak > plain.micro_batch.peak
+
+
 def test_adapters_are_cast_as_lightning_casts_them():
     """Peft makes them in float32; a run in bf16-true casts them with everything else."""
     true = memory(load(lora=LoRA(rank=2), dtype=torch.bfloat16, precision="bf16-true"), "none")

@@ -107,10 +107,12 @@ def test_what_is_saved_is_what_autograd_saves(family):
     assert found.saved == pytest.approx(expected, rel=0.02)
 
 
-def test_adapters_alone():
+@pytest.mark.parametrize("lora", [LoRA(rank=2), LoRA(rank=2, dora=True), LoRA(rank=2, dora=True, dropout=0.1)])
+def test_adapters_alone(lora):
+    """DoRA's passes hold whole weights and updates for a moment, and its magnitudes have gradients."""
     how = setting(precision="bf16-mixed")
-    network, batch = real("llama", SHAPES["padded"], how, LoRA(rank=2))
-    found = rehearse(tiny_config(), LoRA(rank=2), SHAPES["padded"], how)
+    network, batch = real("llama", SHAPES["padded"], how, lora)
+    found = rehearse(tiny_config(), lora, SHAPES["padded"], how)
     assert found.peak == pytest.approx(run(network, batch, how), abs=100 * len(batch.target))
     assert found.gradients == nbytes(p for p in network.parameters() if p.requires_grad)
 
