@@ -1,7 +1,6 @@
 """`last.ckpt`, to continue from, and `best.ckpt`, by what the weighting truly descends."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -11,7 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dft_lightning.callbacks.preemption import LEAVE, leave
 from dft_lightning.callbacks.throughput import not_training
+from dft_lightning.checkpointing import RunCheckpoints
 from dft_lightning.errors import UserError
+from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -28,7 +29,8 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
 class Checkpoints(Checkpoint):
     """Keeps the state of the run in `last.ckpt`, and the best validated one in `best.ckpt`.
 
-    Each is written beside and renamed, so that one of that name is always whole.
+    Each is written beside and renamed, so that one of that name is always whole. A run goes on from either form with
+    any strategy, on any number of ranks.
 
     Args:
         every_n_steps: optimizer steps between two savings of the last state; the end of training is always saved.
@@ -37,6 +39,9 @@ class Checkpoints(Checkpoint):
             otherwise. The weighted loss is never a good one: −p·log p is lowest where a model has collapsed.
         mode: "min" or "max", for a monitor of your own.
         save_best: whether to keep the best at all (it costs as much disk as the last).
+        sharded: a folder to which each rank writes the part that it holds, in place of one file; for fsdp2. All ranks
+            have to see the run's folder.
+        asynchronous: only copy to the host's memory, and write while the training goes on.
     """
 
     def __init__(
@@ -46,11 +51,14 @@ class Checkpoints(Checkpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_best: bool = True,
+        sharded: bool = False,
+        asynchronous: bool = False,
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoints.every_n_steps is {every_n_steps}; expected 1 or more")
         self.every_minutes, self._saved_time = every_minutes, time.monotonic()
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
+        self._io = RunCheckpoints(sharded, asynchronous)
         self.best: float | None = None
         self._saved_at = 0
         self._due = self._now = self._stop = self._leaving = False
@@ -61,6 +69,12 @@ class Checkpoints(Checkpoint):
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
         self._due = self._stop = self._leaving = False
+        if self._io.sharded and not isinstance(trainer.strategy, FSDP2Strategy):
+            raise UserError(
+                f"checkpoints.sharded is true, but under trainer.strategy {type(trainer.strategy).__name__} every rank "
+                "holds the whole model: set trainer.strategy fsdp2, or checkpoints.sharded false"
+            )
+        trainer.strategy.checkpoint_io = self._io
         cast("FineTuner", pl_module).step.wishes[_WISH] = self._is_late
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
@@ -126,6 +140,7 @@ class Checkpoints(Checkpoint):
         with not_training(trainer):
             self._write(trainer, name)
         if name == "last" and self._leaving:
+            self._io.wait()
             leave(trainer, f"after step {trainer.global_step:,}, which is saved")
 
     def _write(self, trainer: pl.Trainer, name: str) -> None:
@@ -134,13 +149,11 @@ class Checkpoints(Checkpoint):
             self._due = self._now = False
         for logger in trainer.loggers:  # what was logged up to here is not lost with the process
             logger.save()
-        folder = checkpoint_folder(trainer.default_root_dir)
-        unfinished = folder / f".{name}.ckpt.unfinished"
-        trainer.save_checkpoint(unfinished, weights_only=False)
-        if trainer.is_global_zero:
-            _on_disk(unfinished)
-            os.replace(unfinished, folder / f"{name}.ckpt")
-            _on_disk(folder)
+        trainer.save_checkpoint(checkpoint_folder(trainer.default_root_dir) / f"{name}.ckpt", weights_only=False)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is written meanwhile is there when the run has ended, and when the model is exported."""
+        self._io.wait()
         trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,12 +181,3 @@ def _validates_now(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
     return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
-
-
-def _on_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
