@@ -32,7 +32,7 @@ def finish(path: Path) -> None:
     on_disk(unfinished(path))
     if path.exists() and (path.is_dir() or unfinished(path).is_dir()):
         remove(before(path))
-        path.rename(before(path))
+        os.replace(path, before(path))
     os.replace(unfinished(path), path)
     on_disk(path.parent)
     remove(before(path))
