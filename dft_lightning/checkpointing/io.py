@@ -1,6 +1,8 @@
 """Writes checkpoints of the trainer: beside and renamed, in either form, and meanwhile or at once."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from dft_lightning.checkpointing import folder, place
@@ -33,15 +36,20 @@ class RunCheckpoints(CheckpointIO):
         self._group: dist.ProcessGroup | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write it, or begin to."""
+        """Write it, or begin to.
+
+        Raises:
+            UserError: it could not be written, or the one before it could not.
+        """
         self.wait()
         final = Path(path)
-        if self.sharded:
-            self._save_folder(checkpoint, final)
-        elif self._thread is None:
-            _write_file(checkpoint, final)
-        else:
-            self._under_way = final, self._thread.submit(_write_file, copied(checkpoint), final)
+        with _naming(final):
+            if self.sharded:
+                self._save_folder(checkpoint, final)
+            elif self._thread is None:
+                _write_file(checkpoint, final)
+            else:
+                self._under_way = final, self._thread.submit(_write_file, copied(checkpoint), final)
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
         tensors = folder.tensors_of(checkpoint)
@@ -73,14 +81,8 @@ class RunCheckpoints(CheckpointIO):
         if self._under_way is None:
             return
         (path, future), self._under_way = self._under_way, None
-        try:
+        with _naming(path):
             future.result()
-        except UserError:
-            raise
-        except Exception as error:  # file system, torch and distributed errors have no common class
-            raise UserError(
-                f"the checkpoint {path} could not be written: {' '.join(str(error).split())[:300]}"
-            ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Whole, on the host."""
@@ -112,6 +114,21 @@ def copied(value: Any) -> Any:
         return value
 
     return walk(value)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # file system, torch and its distributed part share no class
+        reason = " ".join(str(error).split())[-300:]
+        raise UserError(
+            f"the checkpoint {path} could not be written ({reason}): the one before it is still there. Make room "
+            "or mend the disk, and start the same command again"
+        ) from error
 
 
 def _write_file(checkpoint: dict[str, Any], final: Path) -> None:

@@ -19,6 +19,11 @@ def skeleton(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; runs write theirs to RUN_DIR/checkpoints/last.ckpt")
+    if path.is_dir() and not (path / folder.REST).exists():
+        raise UserError(
+            f"cannot read checkpoint {path}: it is a folder without {folder.REST}, which no checkpoint is; runs write "
+            "theirs to RUN_DIR/checkpoints/last.ckpt"
+        )
     try:
         if path.is_dir():
             found = folder.read_rest(path)
