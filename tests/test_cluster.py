@@ -48,6 +48,12 @@ class TestSlurm:
             "--trainer.devices 8 --config a.yaml"
         )
 
+    def test_shards_where_that_is_asked_for_and_what_comes_later_wins(self, commands):
+        calls = commands(srun=0, scontrol=0)
+        assert run("slurm.sh", "--trainer.strategy.replicate", "2", **SLURM, STRATEGY="FSDP2Strategy") == 0
+        said = calls.read_text()
+        assert said.index("--trainer.strategy FSDP2Strategy") < said.index("--trainer.strategy.replicate 2")
+
     def test_tasks_of_an_array_have_folders_seeds_and_requeueing_of_their_own(self, commands):
         calls = commands(srun=AGAIN, scontrol=0)
         assert run("slurm.sh", **SLURM, SLURM_ARRAY_JOB_ID=70120, SLURM_ARRAY_TASK_ID=3) == AGAIN
@@ -79,8 +85,10 @@ def test_a_single_node_and_a_container_hand_everything_on(commands):
     calls = commands(dft=AGAIN, docker=AGAIN)
     assert run("single_node.sh", "--run_dir", "a b", GPUS=4) == AGAIN
     assert run("container.sh", "--run_dir", "runs/x") == AGAIN
-    first, second = calls.read_text().splitlines()
+    assert run("single_node.sh", STRATEGY="fsdp2") == AGAIN
+    first, second, sharded = calls.read_text().splitlines()
     assert first == "dft fit --trainer.strategy ddp --trainer.devices 4 --run_dir a b"
+    assert sharded == "dft fit --trainer.strategy fsdp2 --trainer.devices auto"
     assert second.endswith(" dft-lightning fit --trainer.strategy ddp --run_dir runs/x")
     assert "--stop-timeout 300" in second
 
