@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import OPTIONS, ROOT, Runs
+from launching import FSDP2, LONG, OPTIONS, ROOT, SOON, Runs
 
 from dft_lightning.signals import AGAIN
 
@@ -95,14 +95,15 @@ def test_a_single_node_and_a_container_hand_everything_on(commands):
 
 @pytest.mark.slow
 def test_two_nodes_by_torchrun_that_are_asked_to_leave_go_on_to_the_same_end(tmp_path):
-    """One process each; what they come to is compared with two processes of one node."""
+    """One process each, and the model shared; what they come to is compared with two processes of one node."""
     runs = Runs(tmp_path)
-    runs.whole("whole", "--trainer.devices 2 --trainer.strategy ddp")
+    runs.whole("whole", FSDP2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         head = f"127.0.0.1:{free.getsockname()[1]}"
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment = os.environ | path | {"NODES": "2", "GPUS": "1", "HEAD": head, "DFT_CACHE": str(tmp_path / "c")}
+    given = {"NODES": "2", "GPUS": "1", "HEAD": head, "STRATEGY": "fsdp2", "DFT_CACHE": str(tmp_path / "c")}
+    environment = os.environ | path | given
     options = [*OPTIONS.split()[1:], "--run_dir", "nodes"]
 
     def both() -> list[subprocess.Popen]:
@@ -115,7 +116,7 @@ def test_two_nodes_by_torchrun_that_are_asked_to_leave_go_on_to_the_same_end(tmp
     time.sleep(1.0)
     for node in nodes:
         node.terminate()
-    assert [node.wait(120) for node in nodes] == [AGAIN, AGAIN], runs.log("nodes")
+    assert [node.wait(SOON) for node in nodes] == [AGAIN, AGAIN], runs.log("nodes")
     assert "which is saved" in runs.log("nodes")
-    assert [node.wait(300) for node in both()] == [0, 0], runs.log("nodes")
+    assert [node.wait(LONG) for node in both()] == [0, 0], runs.log("nodes")
     runs.assert_same("nodes", "whole")
