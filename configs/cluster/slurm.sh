@@ -17,7 +17,7 @@
 #   STRATEGY=FSDP2Strategy sbatch … --trainer.strategy.replicate NODES       dealt over the ranks of each node
 #
 # Five minutes before the time limit SLURM sends SIGUSR1 to the tasks, and SIGTERM where it pre-empts the job: the
-# partition's GraceTime has to cover a step, a validation and a checkpoint. The ranks finish their step together, save
+# partition's GraceTime has to cover a step and a checkpoint. The ranks finish their step together, save
 # and leave with 85. This script then has the job requeued, and the same command goes on. Any other code ends the job.
 set -uo pipefail
 trap : TERM USR1 # this shell outlives a signal to the whole job, and decides when srun is back
