@@ -259,7 +259,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
