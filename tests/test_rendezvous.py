@@ -1,5 +1,6 @@
 """Ranks that are started again agree on a name that no earlier start has used, whatever that has left in the store."""
 
+import importlib
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
+from dft_lightning.cli import main
 from dft_lightning.rendezvous import agreed_name
 
 
@@ -49,6 +51,37 @@ def test_an_earlier_start_that_went_no_further_is_passed_over(late):
     store.set("dft/earlier", "all")
     (name,) = set(names(store, 2, late))
     assert name != "earlier"
+
+
+@pytest.fixture
+def handlers(monkeypatch):
+    """How process groups are made, by a store of this process."""
+    store, found = HashStore(), importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    monkeypatch.setitem(found, "env", lambda url, **options: iter([(store, 0, 1)]))
+    return store, found
+
+
+def test_under_torchrun_what_ranks_tell_each_other_is_filed_under_that_name(handlers, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for command in ("nothing", "neither"):  # in each start of a process, and once only
+        with pytest.raises(SystemExit):
+            main(["fit", command])
+    kept, found = handlers
+    kept.set("where", "there")
+    for _ in range(2):
+        ((store, rank, ranks),) = found["env"]("env://", timeout=timedelta(seconds=20))
+        assert (rank, ranks) == (0, 1)
+        assert not store.check(["where"])
+        store.set("where", "here")
+    assert kept.get("where") == b"there"
+
+
+def test_elsewhere_nothing_is_changed(handlers, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(SystemExit):
+        main(["fit", "nothing"])
+    ((store, _, _),) = handlers[1]["env"]("env://", timeout=timedelta(seconds=20))
+    assert store is handlers[0]
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
