@@ -61,14 +61,14 @@ class Checkpoints(Checkpoint):
         self._io = RunCheckpoints(sharded, asynchronous)
         self.best: float | None = None
         self._saved_at = 0
-        self._due = self._now = self._stop = self._leaving = False
+        self._due = self._now = self._stop = self._leaving = self._owes_validation = False
         self._validated_on: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
-        self._due = self._stop = self._leaving = False
+        self._due = self._stop = self._leaving = self._owes_validation = False
         if self._io.sharded and not isinstance(trainer.strategy, FSDP2Strategy):
             raise UserError(
                 f"checkpoints.sharded is true, but under trainer.strategy {type(trainer.strategy).__name__} every rank "
@@ -102,8 +102,26 @@ class Checkpoints(Checkpoint):
         self._leaving = LEAVE in wished and step < module.total_steps  # after the last one only the export is left
         last = _stops(trainer) or step == module.total_steps
         self._now = (self._due and not skipped.in_a_row) or last or self._leaving
-        if self._now and not _validates_now(trainer):
+        within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._owes_validation = self._leaving and within and not last and _validates_now(trainer)
+        if self._now and (self._owes_validation or not _validates_now(trainer)):
             self._save(trainer, "last")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for the validation that a run that was asked to leave had no time for.
+
+        Where Lightning goes on after a step with a validation, it counts that as done: then, instead, it is done.
+        """
+        if not self._owes_validation:
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+
+        def make_up() -> None:
+            del loop.increment_progress_to_evaluation_end  # Lightning's own is there again
+            self._owes_validation = False
+            _validate(trainer)
+
+        loop.increment_progress_to_evaluation_end = make_up  # type: ignore[method-assign]
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._saved_time > 60 * self.every_minutes
@@ -159,11 +177,12 @@ class Checkpoints(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and the step saved last."""
         compared = {"monitor": self.monitor, "validated_on": self._validated_on}
-        return {"best": self.best, "saved_at": self._saved_at, **compared}
+        return {"best": self.best, "saved_at": self._saved_at, "owes_validation": self._owes_validation, **compared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them, unless another monitor is chosen by now, or other rows to validate on."""
         self._saved_at = state_dict["saved_at"]
+        self._owes_validation = state_dict.get("owes_validation", False)
         if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
 
@@ -181,3 +200,15 @@ def _validates_now(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
     return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """Run the validation as Lightning does between two steps, the first of which it counts only afterwards."""
+    steps, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    is_first, steps.val_loop.restarting = connector._first_loop_iter, False
+    steps._batches_that_stepped -= 1
+    trainer.validating = True
+    steps.val_loop.run()
+    trainer.training = True
+    steps._batches_that_stepped += 1
+    connector._first_loop_iter = is_first
