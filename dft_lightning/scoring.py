@@ -151,13 +151,12 @@ class WeightedModule(pl.LightningModule):
             weight=weight,
             **self._head_options,
         )
-        self._let_go_of_copy()
+        let_go(*self._initial, around=True)  # no backward pass follows, at whose end sharded ones do so themselves
         return loss, tokens
 
     @property
     def _head_options(self) -> dict[str, Any]:
-        narrow = self.logits == "bfloat16"
-        return {"chunk_rows": self.chunk_rows, "logits": torch.bfloat16 if narrow else None}
+        return {"chunk_rows": self.chunk_rows, "logits": torch.bfloat16 if self.logits == "bfloat16" else None}
 
     @torch.no_grad()
     def score_together(self, batches: "list[Batch]", wanted: frozenset[str] = frozenset()) -> list[TokenStats]:
@@ -202,18 +201,11 @@ class WeightedModule(pl.LightningModule):
             return None
         if self.reference_in_force == "cache":
             return batch.ref_logp
-        found = self._reference_network.logp(batch, adapter=False, **self._head_options)
-        self._let_go_of_copy()
-        return found
+        return self._reference_network.logp(batch, adapter=False, **self._head_options)
 
     def _reference(self, batch: "Batch") -> ReferenceHead | None:
         """What gives the reference's distributions, where the weighting wants them."""
         return self._reference_network.reference(batch) if REF_DISTRIBUTION in self.weighting.needs else None
-
-    def _let_go_of_copy(self) -> None:
-        """A frozen copy has no backward pass, at whose end a sharded one would let go of its embedding and head."""
-        for copy in self._initial:
-            let_go(copy, around=True)
 
     @property
     def _reference_network(self) -> WeightedLM:

@@ -21,6 +21,9 @@ from dft_lightning.sharding.layers import shard
 from dft_lightning.sharding.loading import load, take_over
 from dft_lightning.sharding.tensors import gathered, like, state_of
 
+#: As Lightning has it: gradients that are scaled, as those of 16-mixed, it cannot check over all ranks.
+_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states dealt over the ranks, a decoder layer at a time.
@@ -90,7 +93,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def refuse_precision(self, precision: str) -> None:
-        """Refuse a `trainer.precision` that says something else than `compute` of what is computed in."""
+        """Refuse a `trainer.precision` that is not known here, or says something else of what is computed in."""
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {precision}; with trainer.strategy fsdp2 one of "
+                f"{', '.join(_PRECISIONS)} was expected"
+            )
         if self.compute is not None and "mixed" in precision:
             raise UserError(
                 f"trainer.precision is {precision}, and trainer.strategy.compute too chooses what is computed in: set "
