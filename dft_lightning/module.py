@@ -21,7 +21,7 @@ from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
 from dft_lightning.recomputation import Recomputation, recompute
-from dft_lightning.refusals import refuse, refuse_fused_scaling
+from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
@@ -264,6 +264,7 @@ class FineTuner(WeightedModule):
             then, now = self._resumed["optimizer"], type(optimizer).__qualname__
             resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
         refuse_fused_scaling(self.trainer, optimizer)
+        refuse_parts(self.trainer, optimizer)
         total = self.total_steps
         scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
         self._settings = settings(optimizer)

@@ -48,8 +48,8 @@ def layers_of(decoder: nn.Module) -> list[nn.Module]:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(
-            f"{type(decoder).__name__} has no list of layers: set model.activation_checkpointing to none and "
-            "model.compile to false"
+            f"{type(decoder).__name__} has no list of layers: set model.activation_checkpointing to none, "
+            "model.compile to false, and trainer.strategy to another than fsdp2"
         )
     return list(layers)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from dft_lightning.embedded import cache_dir
 from dft_lightning.models import WeightedLM
+from dft_lightning.precision import precision_of
 from dft_lightning.sharding.initial import initial_network
 from dft_lightning.sharding.tensors import whole
 
@@ -111,7 +112,7 @@ def _cached(
     facts = {
         "version": 2,
         "weights": weights,
-        "precision": str(trainer.precision),
+        "precision": precision_of(trainer),
         "rows": rows.content_hash(np.arange(len(rows))),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

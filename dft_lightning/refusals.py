@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from dft_lightning.errors import UserError
+from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 from dft_lightning.weighting.composition import nested
@@ -49,6 +50,20 @@ def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) 
         raise UserError(
             f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
             "late for clipping and logging: set fused to false, or take bf16"
+        )
+
+
+#: Optimizers of torch whose step looks at a whole weight, or takes operators that parts of one do not have.
+_OF_WHOLE_WEIGHTS = {"Adafactor", "LBFGS", "Muon", "Rprop"}
+
+
+def refuse_parts(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer whose step would be another, or none, where a rank has parts of the weights."""
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.")}
+    if isinstance(trainer.strategy, FSDP2Strategy) and kinds & _OF_WHOLE_WEIGHTS:
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} looks at whole weights, of which trainer.strategy fsdp2 gives "
+            "each rank a part: take one that goes entry by entry (AdamW, SGD, …), or trainer.strategy ddp"
         )
 
 

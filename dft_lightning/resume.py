@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.errors import UserError
+from dft_lightning.precision import precision_of
 from dft_lightning.weighting.proof import fingerprint
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def settings_of(module: "FineTuner") -> dict[str, Any]:
         "warmup_ratio": module.warmup_ratio,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        "precision": str(trainer.precision),
+        "precision": precision_of(trainer),
         "dtype": str(network.base.dtype),
     }
 

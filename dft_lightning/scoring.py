@@ -19,10 +19,11 @@ from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
-from dft_lightning.precision import refuse_logits, weights_dtype
+from dft_lightning.precision import computed_in, refuse_logits, weights_dtype
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
 from dft_lightning.sharding.initial import initial_network, refuse_strategy
+from dft_lightning.sharding.layers import let_go
 from dft_lightning.step_weights import by_row, weigh_together
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 from dft_lightning.weighting.base import REF_DISTRIBUTION
@@ -101,7 +102,8 @@ class WeightedModule(pl.LightningModule):
             return
         refuse_strategy(self._trainer)
         self.source.dtype = self._weights_dtype()
-        refuse_logits(self.logits, self.source.dtype, str(self.trainer.precision) if self._trainer else "")
+        products = computed_in(self._trainer) or self.source.dtype
+        refuse_logits(self.logits, products, str(self.trainer.precision) if self._trainer else "")
         self.network = initial_network(self)
         refuse_ids(self.weighting, self.network.base.get_output_embeddings().weight.shape[0])
         self.is_initial = True
@@ -149,12 +151,12 @@ class WeightedModule(pl.LightningModule):
             weight=weight,
             **self._head_options,
         )
+        let_go(*self._initial, around=True)  # no backward pass follows, at whose end sharded ones do so themselves
         return loss, tokens
 
     @property
     def _head_options(self) -> dict[str, Any]:
-        narrow = self.logits == "bfloat16"
-        return {"chunk_rows": self.chunk_rows, "logits": torch.bfloat16 if narrow else None}
+        return {"chunk_rows": self.chunk_rows, "logits": torch.bfloat16 if self.logits == "bfloat16" else None}
 
     @torch.no_grad()
     def score_together(self, batches: "list[Batch]", wanted: frozenset[str] = frozenset()) -> list[TokenStats]:

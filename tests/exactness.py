@@ -1,6 +1,7 @@
 """One gradient, however a step is cut up: every weighting × geometry × ranks, and the largest relative difference.
 
     python tests/exactness.py [--quick]          (make exactness)
+    python tests/exactness.py --only fsdp2       (the geometries with this word alone, beside the one they are held to)
 
 The same 25 rows of very unequal length, in steps of 8 and a last one of 1, are trained on in all these ways and
 compared with one micro-batch a step on one rank: gradients before and after clipping (relative L2, the worst of all
@@ -15,8 +16,6 @@ it rounds once, ours may round twice, so its error against the float32 truth may
 
 import argparse
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from harness import fit
+from ranks import start
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
@@ -116,7 +116,12 @@ class Geometry:
     chunk_rows: int | None = None
     ranks: int = 1
     strategy: str = "ddp"
-    """That of more than one rank."""
+    """Without it, one rank runs in this process, and more by `ddp`."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it runs in this process."""
+        return self.ranks == 1 and self.strategy == "ddp"
 
 
 def of_both(quick: bool) -> list[TokenWeighting]:
@@ -139,16 +144,39 @@ GEOMETRIES = [
     Geometry("2 ranks × (1, 4)", {"micro_batch_size": 1}, ranks=2),
     Geometry("2 ranks, packed", {"micro_batch_size": 1, "packing": True}, ranks=2),
     Geometry("2 ranks, padding-free", {"micro_batch_size": 1, "packing": "padding_free"}, ranks=2),
+    Geometry("1 rank × (4, 2), fsdp2", {"micro_batch_size": 4}, strategy="fsdp2"),
     Geometry("2 ranks × (2, 2), fsdp2", {"micro_batch_size": 2}, ranks=2, strategy="fsdp2"),
     Geometry("2 ranks, packed, fsdp2", {"micro_batch_size": 1, "packing": True}, ranks=2, strategy="fsdp2"),
     Geometry("4 ranks × (1, 2), fsdp2", {"micro_batch_size": 1}, ranks=4, strategy="fsdp2"),
 ]
+HALF_ALONE = [WHOLE, *GEOMETRIES[2:7]]
 IN_HALF = [shape for shape in GEOMETRIES if shape.name.startswith("2 ranks, packed")]
 
 
-def geometries(quick: bool) -> list[Geometry]:
-    """Those to compare: four ranks take their time."""
-    return [shape for shape in GEOMETRIES if shape.ranks <= 2 or not quick]
+@dataclass(frozen=True)
+class Scope:
+    """How much of the table is made.
+
+    Args:
+        quick: a few weightings, and no four ranks, which take their time.
+        word: that the geometries' names have.
+    """
+
+    quick: bool = False
+    word: str = ""
+
+    @property
+    def geometries(self) -> list[Geometry]:
+        """Those to compare."""
+        return self._of(GEOMETRIES)
+
+    @property
+    def in_half(self) -> list[Geometry]:
+        """Those to compare in half precision."""
+        return self._of([*HALF_ALONE[:: 2 if self.quick else 1], *IN_HALF])
+
+    def _of(self, shapes: list[Geometry]) -> list[Geometry]:
+        return [shape for shape in shapes if self.word in shape.name and (shape.ranks <= 2 or not self.quick)]
 
 
 class Watched(FineTuner):
@@ -177,7 +205,7 @@ def outcome(folder: Path, weighting: TokenWeighting, shape: Geometry, **more: An
         kind=Watched,
         gradient_clip_val=CLIP,
         devices=shape.ranks,
-        strategy=shape.strategy if shape.ranks > 1 else "auto",
+        strategy="auto" if shape.alone else shape.strategy,
         **more,
     )
     logged = [{k: v for k, v in one.items() if "per_second" not in k} for one in recorder.logged]
@@ -240,18 +268,18 @@ def plain(folder: Path, weighting: TokenWeighting, micro: int, precision: str) -
     return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
 
-def half(folder: Path, weightings: list[TokenWeighting], quick: bool) -> list[tuple[str, ...]]:
+def half(folder: Path, weightings: list[TokenWeighting], scope: Scope) -> list[tuple[str, ...]]:
     """Rows of the table for the half precisions: error of ours over the error of the plain computation."""
     rows = []
     for precision in HALVES:
         for weighting in weightings:
             exact = plain(folder, weighting, 8, "exact bf16-true" if precision == "bf16-true" else "exact")
             allowed = max(relative(plain(folder, weighting, micro, precision), exact) for micro in (8, 2, 1))
-            for shape in [WHOLE, *GEOMETRIES[2 : 7 : 2 if quick else 1], *IN_HALF]:
-                if shape.ranks > 1:
-                    found = torch.load(folder / f"{weighting!r} {shape.name} {precision}.pt")
-                else:
+            for shape in scope.in_half:
+                if shape.alone:
                     found = outcome(folder, weighting, shape, precision=precision, max_steps=1)
+                else:
+                    found = torch.load(folder / f"{weighting!r} {shape.name} {precision}.pt")
                 (ours,) = found["before"]
                 ratio = relative(ours, exact) / allowed
                 verdict = "ok" if ratio <= HALF else "OUT OF BOUNDS"
@@ -267,59 +295,40 @@ def prepare(folder: Path) -> None:
         write_jsonl(folder / f"{name}.jsonl", [row | {"worth": number % 4} for number, row in enumerate(rows)])
 
 
-def table(quick: bool) -> list[tuple[str, ...]]:
+def table(scope: Scope) -> list[tuple[str, ...]]:
     """Weighting, geometry, three differences and the verdict, a row each."""
-    weightings, rows = of_both(quick), []
+    weightings, rows = of_both(scope.quick), []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         prepare(folder)
         truths = {repr(weighting): outcome(folder, weighting, WHOLE) for weighting in weightings}
-        for count in sorted({shape.ranks for shape in geometries(quick)} - {1}):
-            some_ranks(count, folder, quick)
+        for count in sorted({shape.ranks for shape in scope.geometries if not shape.alone}):
+            start(count, __file__, "rank", folder, "quick" * scope.quick, scope.word, seconds=3600.0)
         for weighting in weightings:
-            for shape in geometries(quick):
-                if shape.ranks > 1:
-                    ours = torch.load(folder / f"{weighting!r} {shape.name}.pt")
-                else:
+            for shape in scope.geometries:
+                if shape.alone:
                     ours = outcome(folder, weighting, shape)
+                else:
+                    ours = torch.load(folder / f"{weighting!r} {shape.name}.pt")
                 before, after, logged = worst(ours, truths[repr(weighting)])
                 fine = before < GRADIENT and after < GRADIENT and logged < LOGGED
                 verdict = "ok" if fine else "OUT OF BOUNDS"
                 found = (f"{before:.1e}", f"{after:.1e}", f"{logged:.1e}")
                 rows.append((repr(weighting), shape.name, *found, verdict))
-        rows += half(folder, QUICK if quick else WEIGHTINGS, quick)
+        rows += half(folder, QUICK if scope.quick else WEIGHTINGS, scope)
     return rows
 
 
-def some_ranks(count: int, folder: Path, quick: bool) -> None:
-    """Have so many processes run all that needs so many ranks, one after another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    common |= {
-        "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_RUN_ID": "exactness",
-        "GROUP_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, __file__, "--rank-of", str(folder), *(["--quick"] if quick else [])]
-    processes = [
-        subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
-    ]
-    codes = [process.wait(1800) for process in processes]
-    if any(codes):
-        raise RuntimeError("a rank has failed; its output is above")
-
-
-def rank(folder: Path, quick: bool) -> None:
-    """What each of the processes does."""
-    count = int(os.environ["WORLD_SIZE"])
-    for weighting in of_both(quick):
-        exact = [(shape, {}, "") for shape in GEOMETRIES if shape.ranks == count]
-        halves = [(s, {"precision": p, "max_steps": 1}, f" {p}") for s in IN_HALF for p in HALVES if s.ranks == count]
+def rank(folder: Path, quick: str, word: str) -> None:
+    """What each of the processes does, one after another."""
+    count, scope = int(os.environ["WORLD_SIZE"]), Scope(bool(quick), word)
+    full, narrow = (
+        [shape for shape in shapes if shape.ranks == count and not shape.alone]
+        for shapes in (scope.geometries, scope.in_half)
+    )
+    for weighting in of_both(scope.quick):
+        exact = [(shape, {}, "") for shape in full]
+        halves = [(shape, {"precision": p, "max_steps": 1}, f" {p}") for shape in narrow for p in HALVES]
         halves = [] if weighting in OTHERS + QUICK_OTHERS else halves
         for shape, more, suffix in exact + halves:
             found = outcome(folder, weighting, shape, **more)
@@ -330,12 +339,9 @@ def rank(folder: Path, quick: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rank-of", type=Path)
+    parser.add_argument("--only", default="", metavar="WORD")
     options = parser.parse_args()
-    if options.rank_of:
-        rank(options.rank_of, options.quick)
-        return 0
-    rows = table(options.quick)
+    rows = table(Scope(options.quick, options.only))
     head = ("weighting", "geometry", "gradient", "clipped", "logged", "")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(6)]
     for row in [head, *rows]:

@@ -25,7 +25,7 @@ def test_every_weighting_of_the_package_is_in_the_table():
 @pytest.mark.slow
 def test_one_gradient_however_a_step_is_cut_up():
     """Traps 1, 2, 3, 8, 9, 14, 16, 17 and 18, on one rank and on two."""
-    rows = exactness.table(quick=True)
+    rows = exactness.table(exactness.Scope(quick=True))
     assert len(rows) > 50
     assert not [row for row in rows if row[-1] != "ok"]
 

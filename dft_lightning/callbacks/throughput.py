@@ -14,6 +14,7 @@ from dft_lightning.callbacks.stopwatch import Stopwatch, settle
 from dft_lightning.errors import UserError
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
 from dft_lightning.planning.peaks import find_device, product_of
+from dft_lightning.precision import computed_in
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -108,7 +109,7 @@ class Throughput(Callback):
         device = trainer.strategy.root_device
         network = cast("FineTuner", pl_module).network
         assert network is not None
-        weights = next(network.parameters()).dtype
+        weights = computed_in(trainer) or next(network.parameters()).dtype
         self._peak, of_what = (self.peak_flops, "throughput.peak_flops")
         if self._peak is None:
             self._peak, of_what = _peak(device, str(trainer.precision), weights)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB, KINDS, Load, lightest, targets_of
 from dft_lightning.planning.work import largest_micro_batch
 from dft_lightning.recomputation import Recomputation
@@ -51,6 +52,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         together=module.weighting.scope == "sequence",
         compared=module.reference_in_force == "copy",
         targets=targets_of(module.weighting),
+        dealing=Dealing.of(trainer),
     )
 
 

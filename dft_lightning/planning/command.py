@@ -13,6 +13,7 @@ from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.models import ModelSource
+from dft_lightning.planning.dealt import Dealing, strategy_of
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.peaks import Device, find_device
 from dft_lightning.planning.plan import Options, Place, Plan, make_plan
@@ -46,11 +47,11 @@ class PlanCommand(InsteadOfTraining):
         trainer = config.trainer
         if config.memory_gib is not None and not config.memory_gib > 0:
             raise UserError(f"--memory_gib is {config.memory_gib}; expected GiB of a device, more than 0")
-        if not (isinstance(trainer.strategy, str) and trainer.strategy.startswith(("auto", "ddp", "single_device"))):
-            raise UserError(f"dft plan knows trainer.strategy auto and ddp, not {trainer.strategy!r}")
+        precision = _convert_precision_to_unified_args(trainer.precision) or "32-true"
+        strategy = strategy_of(trainer.strategy, precision)
         place = _place(config.device, config.memory_gib, trainer, config.throughput.peak_flops)
         options = Options(
-            precision=_convert_precision_to_unified_args(trainer.precision) or "32-true",
+            precision=precision,
             limits=SimpleNamespace(
                 world_size=place.devices,
                 global_rank=0,
@@ -59,6 +60,7 @@ class PlanCommand(InsteadOfTraining):
                 state=SimpleNamespace(fn="fit"),
             ),
             utilisation=config.utilisation,
+            dealing=None if strategy is None else Dealing.by(strategy, place.devices),
         )
         model_config = _configuration(self.model.source)
         return make_plan(self.model, cast(ChatDataModule, self.datamodule), model_config, place, options)

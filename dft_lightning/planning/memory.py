@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dft_lightning.attention import implementation_of
 from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
 from dft_lightning.recomputation import Recomputation
@@ -22,6 +23,7 @@ GIB = 2**30
 _RESERVE = 1.5 * GIB
 #: On a CPU the gaps that malloc leaves, as a share of the micro-batch's tensors: between 10 % and 45 % were measured.
 _GAPS = 0.25
+_TRUE = {torch.bfloat16: "bf16-true"}
 KINDS: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 
@@ -47,6 +49,7 @@ class Load:
         fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
         compared: whether a frozen copy of the model is held as the reference.
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
+        dealing: how the model is dealt out over the ranks; None where each has all of it.
     """
 
     config: Any
@@ -66,6 +69,16 @@ class Load:
     fused: bool = False
     compared: bool = False
     targets: int = 0
+    dealing: Dealing | None = None
+
+    @property
+    def products(self) -> torch.dtype:
+        """What the weights come in to the products."""
+        return (None if self.dealing is None else self.dealing.compute) or self.dtype
+
+    def part(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes that a device holds of them."""
+        return nbytes(parameters) if self.dealing is None else self.dealing.part(parameters)
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
@@ -130,23 +143,22 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     """What a device has to hold with a kind of recomputation."""
     network = load.network()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    gradients = nbytes(trained)
+    gradients = load.part(trained)
     states, update = _optimizer(load, trained)
-    held = {"weights": nbytes(network.parameters()), "buffers": nbytes(network.buffers()), "optimizer states": states}
-    if load.compared:
-        held["frozen copy of the initial model"] = nbytes(replace(load, lora=None).network().parameters())
-    if load.ranks > 1:
-        held["buckets of DistributedDataParallel"] = gradients
+    held = {"weights": load.part(network.parameters()), "buffers": nbytes(network.buffers())}
+    held |= {"optimizer states": states}
+    held |= _because_of_ranks(load, network, gradients)
     if load.cuda:
         held["CUDA context and gaps (assumed)"] = int(_RESERVE)
+    accumulates = load.accumulates or load.dealing is not None  # a part of them stays, the whole is counted beside
     setting = Setting(
-        dtype=load.dtype,
-        precision=load.precision,
+        dtype=load.products,
+        precision=load.precision if load.products == load.dtype else _TRUE[load.products],
         attention=implementation_of(network.base.get_decoder()) if load.attention is None else load.attention,
         recomputation=kind,
         cuda=load.cuda,
         chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),
-        accumulates=load.accumulates,
+        accumulates=accumulates,
         narrow_logits=load.logits == "bfloat16",
         together=load.together,
         targets=load.targets,
@@ -154,7 +166,22 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
         held["gaps of the allocator (assumed)"] = int(_GAPS * run.peak)
-    return Memory(held, gradients, load.accumulates, run, update)
+    return Memory(held, gradients, accumulates, run, update)
+
+
+def _because_of_ranks(load: Load, network: WeightedLM, gradients: int) -> dict[str, int]:
+    """What a device holds of other ranks' parts, and of a frozen copy, by name."""
+    found: dict[str, int] = {}
+    copied = replace(load, lora=None).network() if load.compared else None
+    if copied is not None:
+        found["frozen copy of the initial model"] = load.part(copied.parameters())
+    if load.dealing is not None:
+        found["gathered weights and their gradients"] = load.dealing.whole(network)
+        if copied is not None:
+            found["gathered weights of the copy"] = load.dealing.around(copied)
+    elif load.ranks > 1:
+        found["buckets of DistributedDataParallel"] = gradients
+    return found
 
 
 def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
@@ -179,8 +206,8 @@ def _optimizer(load: Load, trained: list[nn.Parameter]) -> tuple[int, int]:
         optimizer = load.optimizer([small])
         optimizer.step()
         made = nbytes(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-        states += made / nbytes([small]) * nbytes(p for p in trained if p.dtype == dtype)
+        states += made / nbytes([small]) * load.part(p for p in trained if p.dtype == dtype)
         defaults = optimizer.defaults
         plain = load.cuda and not load.fused and not defaults.get("fused")
         foreach = plain and "foreach" in defaults and defaults["foreach"] is not False
-    return int(states), nbytes(trained) if foreach else 0
+    return int(states), load.part(trained) if foreach else 0

@@ -11,6 +11,7 @@ from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
 from dft_lightning.planning.memory import KINDS, Load, Memory, memory, targets_of
 from dft_lightning.planning.peaks import Device, product_of
@@ -60,11 +61,13 @@ class Options:
         precision: in full, as bf16-mixed.
         limits: world_size, global_rank, max_epochs, max_steps.
         utilisation: share of the peak that is expected.
+        dealing: how the model is dealt out over the ranks; None where each has all of it.
     """
 
     precision: str
     limits: SimpleNamespace
     utilisation: float
+    dealing: Dealing | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Plan:
         advised: what a device needs then.
         peak: FLOP/s of a device, where known.
         unknown: why no FLOPs are known.
+        moved: bytes that come to a device in a step, where the model is dealt out.
     """
 
     model: str
@@ -94,6 +98,7 @@ class Plan:
     advised: Memory | None
     peak: float | None
     unknown: str
+    moved: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -128,8 +133,9 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         together=module.weighting.scope == "sequence",
         compared=module.reference_in_force == "copy",
         targets=targets_of(module.weighting),
+        dealing=options.dealing,
     )
-    refuse_logits(module.logits, dtype, options.precision)
+    refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
     if module.compile_layers:
         refuse_changing_shapes(data)
@@ -154,8 +160,9 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         memory=need,
         advice=advice,
         advised=advised,
-        peak=place.peak(options.precision, dtype),
+        peak=place.peak(options.precision, load.products),
         unknown=unknown,
+        moved=None if load.dealing is None else load.dealing.moved(network) * work.micro_batches,
     )
 
 
@@ -188,13 +195,16 @@ def _advice(load: Load, kind: Recomputation, data: SimpleNamespace) -> tuple[str
 
 def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator[tuple[str, Load, Recomputation]]:
     """Settings that need less, from the one that costs least: options, load, recomputation."""
-    fused = _fused(load)
-    if fused:
+    given = _fused(load)
+    if given:
         load = replace(load, fused=True)
-        yield fused.strip(), load, kind
+        yield given.strip(), load, kind
+    if _can_be_dealt(load):
+        load, given = replace(load, dealing=Dealing(load.ranks)), f"{given}--trainer.strategy fsdp2 "
+        yield given.strip(), load, kind
     for other in KINDS[KINDS.index(kind) + 1 :]:
-        yield f"{fused}--model.activation_checkpointing {other}", load, other
-    full, rows, smaller = f"{fused}--model.activation_checkpointing full", data.micro_batch_size, load
+        yield f"{given}--model.activation_checkpointing {other}", load, other
+    full, rows, smaller = f"{given}--model.activation_checkpointing full", data.micro_batch_size, load
     while rows > 1:
         rows //= 2
         smaller = replace(load, shape=_fewer(load.shape, rows, data), accumulates=True)
@@ -206,7 +216,13 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
     if load.lora is None:
         for other in KINDS[KINDS.index(kind) :]:
             added = "" if other == kind else f" --model.activation_checkpointing {other}"
-            yield f"{fused}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
+            yield f"{given}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
+
+
+def _can_be_dealt(load: Load) -> bool:
+    """Whether each rank has all, and fsdp2 would not refuse the run."""
+    refused = load.precision == "16-mixed" or (load.lora is not None and load.lora.dora)
+    return load.ranks > 1 and load.dealing is None and not refused
 
 
 def _fused(load: Load) -> str:

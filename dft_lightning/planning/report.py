@@ -3,6 +3,7 @@
 from typing import Any
 
 from dft_lightning.callbacks.run_summary import show
+from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.plan import Plan
 
@@ -20,7 +21,7 @@ def facts(plan: Plan) -> dict[str, str]:
     named = {
         "model": f"{plan.model}, {plan.trained / 1e6:,.1f} M of {plan.parameters / 1e6:,.1f} M parameters trained",
         "precision": f"{options.precision}, weights in {dtype}",
-        "devices": f"{place.devices} × {place.name} with {place.capacity / GIB:,.1f} GiB",
+        "devices": f"{place.devices} × {place.name} with {place.capacity / GIB:,.1f} GiB{_dealt(options.dealing)}",
         "data": work.source,
         "largest micro-batch": _shape(plan),
         "step": f"{work.micro_batches} micro-batches a device; {work.tokens:,.0f} tokens over all devices, of which "
@@ -32,7 +33,17 @@ def facts(plan: Plan) -> dict[str, str]:
         f"memory: {name}": f"{size / GIB:,.2f} GiB" for name, size in plan.memory.parts().items() if size > 0.005 * GIB
     }
     named["memory: peak"] = f"{plan.memory.peak / GIB:,.2f} GiB (not all parts are there at the same moment)"
+    if plan.moved is not None:
+        named["moved to a device"] = f"{plan.moved / GIB:,.2f} GiB a step, layers beside computing"
     return named | {"time, an estimate": _time(plan)}
+
+
+def _dealt(dealing: Dealing | None) -> str:
+    if dealing is None:
+        return ""
+    copies = "" if dealing.copies == 1 else f", {dealing.copies} times"
+    computed = "" if dealing.compute is None else f"; computed in {str(dealing.compute).removeprefix('torch.')}"
+    return f"; weights, gradients and states dealt over {dealing.shards}{copies}{computed}"
 
 
 def _shape(plan: Plan) -> str:
@@ -77,6 +88,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "precision": plan.options.precision,
         "devices": plan.place.devices,
         "device": plan.place.name,
+        "shards": 1 if plan.options.dealing is None else plan.options.dealing.shards,
+        "moved_a_step": plan.moved,
         "capacity": plan.place.capacity,
         "source": work.source,
         "micro_batches": work.micro_batches,

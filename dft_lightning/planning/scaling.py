@@ -138,19 +138,40 @@ class Memory:
         return self.states + self.whole + self.activations + self.beside
 
 
-def memory(weights: Weights, mesh: Mesh, precision: Precision, activations: int, beside: int = 3 * 2**29) -> Memory:
-    """What a device holds.
+@dataclass(frozen=True)
+class Group:
+    """Bytes of a group while it is whole.
+
+    Args:
+        weights: gathered.
+        gradients: of those that are trained.
+        sent: the buffer in which gradients are summed over devices.
+    """
+
+    weights: int
+    gradients: int
+    sent: int
+
+
+def at_once(layer: Group, rest: Group) -> int:
+    """Most bytes of weights and gradients that are there in full at one moment.
 
     What is around the layers stays gathered from the forward pass on. Beside it are two layers, that which runs and the
     next, with their gradients, and what is sent of one; or, at the end of the backward pass, its own gradients and what
     is sent of them.
     """
+    around = rest.weights + rest.gradients
+    return max(around + 2 * (layer.weights + layer.gradients) + layer.sent, around + rest.sent)
+
+
+def memory(weights: Weights, mesh: Mesh, precision: Precision, activations: int, beside: int = 3 * 2**29) -> Memory:
+    """What a device holds."""
     share = weights.layers * held(weights.layer, mesh.shards) + held(weights.rest, mesh.shards)
-    layer, rest = gathered(weights.layer, mesh.shards), gathered(weights.rest, mesh.shards)
-    pair = 2 * precision.gathered  # a weight and its gradient
-    amid = rest * pair + 2 * layer * pair + layer * precision.summed
-    end = rest * (pair + precision.summed)
-    return Memory(share * (2 * precision.held + precision.moments), max(amid, end), activations, beside)
+    layer, rest = (
+        Group(whole * precision.gathered, whole * precision.gathered, whole * precision.summed)
+        for whole in (gathered(weights.layer, mesh.shards), gathered(weights.rest, mesh.shards))
+    )
+    return Memory(share * (2 * precision.held + precision.moments), at_once(layer, rest), activations, beside)
 
 
 def activations(config: Any, shape: MicroBatch, setting: Setting) -> int:

@@ -1,5 +1,6 @@
 """Which parts of a model are gathered together: each decoder layer, and all else with the root."""
 
+from itertools import chain
 from typing import cast
 
 import torch
@@ -49,8 +50,12 @@ def _look_ahead(layers: list[nn.Module], prefetch: int, *, backward: bool = Fals
             layer.set_modules_to_forward_prefetch(following)
 
 
-def let_go(network: nn.Module) -> None:
-    """Forget what is gathered: it is about to change."""
-    for module in network.modules():
+def let_go(*networks: nn.Module, around: bool = False) -> None:
+    """Forget what is gathered: it is about to change, or is not wanted any more.
+
+    Args:
+        around: only what is around the layers, which let go of themselves after each forward pass.
+    """
+    for module in networks if around else chain.from_iterable(network.modules() for network in networks):
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,8 @@
-"""A sharded model of which one rank reads the weights: all others begin with none, and are sent their parts."""
+"""A sharded model of which one rank reads the weights: all others begin with none, and are sent their parts.
+
+One rank of the whole run, not one a node: in all the hosts' memory there is one copy, and the file system is read once,
+for the price of sending every node each weight over the network, a tensor at a time.
+"""
 
 from collections.abc import Callable
 
@@ -32,21 +36,28 @@ def load(build: Callable[[bool], WeightedLM], shard: Callable[[WeightedLM], None
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(network, {} if read is None else dict(read.state_dict()), options=options)
     _send_buffers(network, read)
+    network.base.generation_config = _sent(None if read is None else read.base.generation_config)
     return network
 
 
 def _read(build: Callable[[bool], WeightedLM]) -> WeightedLM | None:
     """The whole network on the rank that reads; nothing on others. They wait for it, and for its error."""
-    network, failure = None, [""]
+    network, failure = None, ""
     if dist.get_rank() == _READER:
         try:
             network = build(False)
         except UserError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, _READER)
-    if failure[0]:
-        raise UserError(failure[0])
+            failure = str(error)
+    if failure := _sent(failure):
+        raise UserError(failure)
     return network
+
+
+def _sent(value: Any) -> Any:
+    """The reader's value, on all ranks."""
+    held = [value]
+    dist.broadcast_object_list(held, _READER)
+    return held[0]
 
 
 def _send_buffers(network: nn.Module, read: nn.Module | None) -> None:

@@ -23,6 +23,9 @@ from dft_lightning.sharding.loading import load
 from dft_lightning.sharding.restoring import fill_module, load_optimizer, take_over
 from dft_lightning.sharding.tensors import gathered, state_of
 
+#: As Lightning has it: gradients that are scaled, as those of 16-mixed, it cannot check over all ranks.
+_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states dealt over the ranks, a decoder layer at a time.
@@ -65,16 +68,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         super()._setup_distributed()
         self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
 
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """How many copies of the weights a run of so many ranks has, and how many ranks share each."""
+        shard = self.shard or ranks // self.replicate
+        if shard * self.replicate != ranks:
+            raise UserError(
+                f"trainer.strategy shards over {shard} ranks, {self.replicate} times, which makes "
+                f"{shard * self.replicate}; the run has {ranks}: set trainer.strategy.shard and "
+                ".replicate so that their product is that"
+            )
+        return self.replicate, shard
+
     @cached_property
     def mesh(self) -> DeviceMesh:
         """The ranks that weights are dealt over: all, or `replicate` times `shard` of them."""
-        shard = self.shard or self.world_size // self.replicate
-        if shard * self.replicate != self.world_size:
-            raise UserError(
-                f"trainer.strategy shards over {shard} ranks, {self.replicate} times, which makes "
-                f"{shard * self.replicate}; the run has {self.world_size}: set trainer.strategy.shard and "
-                ".replicate so that their product is that"
-            )
+        _, shard = self.sizes(self.world_size)
         kind = self.root_device.type
         if self.replicate == 1:
             return init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
@@ -82,17 +90,25 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_network(self, build: Callable[[bool], WeightedLM]) -> WeightedLM:
         """A network, dealt over the ranks; see `load`."""
-        precision = str(self.precision_plugin.precision)
-        if self.compute is not None and "mixed" in precision:
-            raise UserError(
-                f"trainer.precision is {precision}, and trainer.strategy.compute too chooses what is computed in: set "
-                "trainer.precision 32-true, to hold the weights in float32, or leave compute out"
-            )
+        self.refuse_precision(str(self.precision_plugin.precision))
         return load(
             lambda empty: self._held(build(empty)),
             lambda network: shard(network, self.mesh, self.compute, self.prefetch),
             self.root_device,
         )
+
+    def refuse_precision(self, precision: str) -> None:
+        """Refuse a `trainer.precision` that is not known here, or says something else of what is computed in."""
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {precision}; with trainer.strategy fsdp2 one of "
+                f"{', '.join(_PRECISIONS)} was expected"
+            )
+        if self.compute is not None and "mixed" in precision:
+            raise UserError(
+                f"trainer.precision is {precision}, and trainer.strategy.compute too chooses what is computed in: set "
+                "trainer.precision 32-true, to hold the weights in float32, or leave compute out"
+            )
 
     def _held(self, network: WeightedLM) -> WeightedLM:
         """The network in the precision that it is held in: that of all parameters of a group has to be one."""

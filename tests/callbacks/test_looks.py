@@ -286,26 +286,51 @@ def test_weightings_of_step_scope_have_everything(model_dir, rows_file, tmp_path
     assert last(found, "probe/kl_initial") > 0
 
 
+COMMON = ("probe", "trained", "val/", "train/")
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(model_dir, rows_file, tmp_path):
     """Five rows of the probe over two ranks in micro-batches of two: unequal, and one batch is empty."""
     command = [sys.executable, "-m", "dft_lightning", "fit", "--trainer.accelerator", "cpu", "--model.weighting", "DFT"]
     command += ["--model.model_name", str(model_dir), "--data", "NuminaMathDataModule", "--data.path", str(rows_file)]
     command += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5", "--data.global_batch_size", "8"]
-    command += ["--data.micro_batch_size", "2", "--data.max_length", "200", "--trainer.max_steps", "2"]
+    command += ["--data.micro_batch_size", "2", "--data.max_length", "200", "--trainer.max_steps", "3"]
     command += ["--token_probabilities.every_n_steps", "2", "--token_probabilities.probe_rows", "5"]
-    command += ["--export.enabled", "false", "--checkpoints.save_best", "false"]
-    for name, ranks in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+    command += ["--export.enabled", "false", "--checkpoints.save_best", "false", "--data.val_size", "5"]
+    for name in ("one", "ddp", "fsdp2"):
+        ranks = [] if name == "one" else ["--trainer.devices", "2", "--trainer.strategy", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, *ranks, "--run_dir", name], check=True, cwd=tmp_path, env=environment, timeout=300)
-    one, two = events(tmp_path / "one"), events(tmp_path / "two")
-    tags = [tag for tag in one.Tags()["scalars"] if tag.startswith(("probe", "trained"))]
-    assert len(tags) > 100
-    assert sorted(tags) == sorted(t for t in two.Tags()["scalars"] if t.startswith(("probe", "trained")))
+    one = events(tmp_path / "one")
+    assert last(one, "probe/kl_initial") > 1e-3
+    for name in ("ddp", "fsdp2"):
+        (_,) = (tmp_path / name / "tensorboard").glob("events*")  # of one writer
+        assert_same_looks(one, events(tmp_path / name))
+
+
+def assert_same_looks(one, two):
+    """Scalars of all ranks' tokens to rounding, how many tokens lie where exactly, and the same pictures."""
+    tags = [tag for tag in one.Tags()["scalars"] if tag.startswith(COMMON)]
+    assert len(tags) > 120
+    assert sorted(tags) == sorted(t for t in two.Tags()["scalars"] if t.startswith(COMMON))
     for tag in tags:
         for ours, theirs in zip(two.Scalars(tag), one.Scalars(tag), strict=True):
             assert ours.value == pytest.approx(theirs.value, rel=1e-4, abs=1e-6), (tag, ours.step)
-    assert last(one, "probe/kl_initial") > 1e-3
+    for tag in one.Tags()["histograms"]:
+        for ours, theirs in zip(two.Histograms(tag), one.Histograms(tag), strict=True):
+            assert ours.histogram_value.bucket == theirs.histogram_value.bucket, (tag, ours.step)
+            assert ours.histogram_value.num == theirs.histogram_value.num > 0
+    assert (
+        {"probe_histograms/p", "trained_histograms/p"} <= set(one.Tags()["histograms"]) == set(two.Tags()["histograms"])
+    )
+    assert one.Tags()["images"] == two.Tags()["images"]
     first, second = ([float(number) for number in re.findall(r"[-+]?\d+\.?\d*", text(found))] for found in (one, two))
     assert first == pytest.approx(second, abs=2e-3)
     assert len(first) > 10
+    assert {f"throughput/{what}_{of}" for what in ("peak_memory_gib", "loader_wait_share") for of in OF_RANKS} <= set(
+        two.Tags()["scalars"]
+    )
+
+
+OF_RANKS = ("min", "mean", "max")

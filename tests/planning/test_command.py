@@ -18,7 +18,7 @@ def no_gpu(monkeypatch):
 
 
 def plan(capsys, model, *args):
-    assert main(["plan", "--model.model_name", str(model), "--model.weighting", "DFT", "--json", *map(str, args)]) == 0
+    assert main([*shown(model, *args), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -85,8 +85,39 @@ def test_a_fused_optimizer_is_tried_first_on_a_gpu(capsys, model_dir, rows_file)
     assert tight["advice"].startswith("--model.optimizer.fused true")
 
 
+def test_what_is_dealt_over_devices(capsys, model_dir, rows_file):
+    args = [*data(rows_file, micro_batch_size=1, max_length=32), "--device", "h100", "--trainer.devices", "4"]
+    whole, dealt = (plan(capsys, model_dir, *args, "--trainer.strategy", name) for name in ("ddp", "fsdp2"))
+    assert (whole["shards"], whole["moved_a_step"], dealt["shards"]) == (1, None, 4)
+    for part in ("weights", "gradients"):
+        assert dealt["memory"][part] == pytest.approx(whole["memory"][part] / 4, rel=0.01)
+    numbers = dealt["parameters"] * 4
+    around = (2 * 320 + 1) * 32 * 4
+    assert dealt["micro_batches"] == 2
+    assert dealt["moved_a_step"] == pytest.approx(2 * 3 / 4 * (2 * (numbers - around) + around + numbers))
+    options = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.compute", "bfloat16"]
+    options += ["--trainer.strategy.replicate", "2"]
+    found = plan(capsys, model_dir, *args, *options)
+    assert (found["shards"], found["peak_flops"]) == (2, 989.4e12)
+    assert main([*shown(model_dir, *args), *options]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())  # without the table
+    assert "dealt over 2, 2 times; computed in bfloat16" in said
+    assert "moved to a device" in said
+
+
+def test_dealing_is_tried_before_computing_again(capsys, model_dir, rows_file):
+    args = [*data(rows_file, micro_batch_size=1, max_length=32), "--device", "cpu", "--trainer.devices", "4"]
+    usual = plan(capsys, model_dir, *args)
+    tight = plan(capsys, model_dir, *args, "--memory_gib", (usual["peak_memory"] - 1) / GIB)
+    assert tight["advice"] == "--trainer.strategy fsdp2"
+
+
+def shown(model, *args):
+    return ["plan", "--model.model_name", str(model), "--model.weighting", "DFT", *map(str, args)]
+
+
 def test_the_table_and_its_last_line(capsys, model_dir, rows_file):
-    args = ["plan", "--model.model_name", str(model_dir), "--model.weighting", "DFT", *map(str, data(rows_file))]
+    args = shown(model_dir, *data(rows_file))
     assert main([*args, "--device", "a100"]) == 0
     said = capsys.readouterr().out
     for part in ("1 × A100 with 79.0 GiB", "memory: peak", "time, an estimate", "26 rows of the data, as tokenised"):
@@ -128,7 +159,7 @@ def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
         ),
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.num_samples", "3", "--data.drop_last", "true"], "do not fill one step of data.global_batch_size"),
-        (["--trainer.strategy", "fsdp"], "dft plan knows trainer.strategy auto and ddp, not 'fsdp'"),
+        (["--trainer.strategy", "fsdp"], "dft plan knows trainer.strategy auto, ddp and fsdp2, not 'fsdp'"),
         (["--trainer.devices", "foo"], "trainer.devices is 'foo'; expected a number"),
         (["--trainer.devices", "0"], "trainer.devices is '0'; expected a number"),
         (["--memory_gib", "-3"], "--memory_gib is -3.0; expected"),

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from exactness import CLIP, Median, Watched
 from harness import fit
+from transformers import GenerationConfig
 
 from dft_lightning.callbacks import Checkpoints, Export, TokenProbabilities
 from dft_lightning.models import LoRA
@@ -18,7 +19,18 @@ from dft_lightning.reference import fingerprint
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.layers import let_go
 from dft_lightning.sharding.tensors import part, whole
-from dft_lightning.weighting import ASFT, DFT, PSFT, ImportanceWeighted, TokenWeighting
+from dft_lightning.weighting import (
+    ASFT,
+    DFT,
+    GEM,
+    PSFT,
+    DataWeighted,
+    EntropyBonus,
+    ImportanceWeighted,
+    LabelSmoothing,
+    Renormalized,
+    TokenWeighting,
+)
 
 
 @dataclass
@@ -44,8 +56,15 @@ CASES = {
     "sequence weights of a cached reference": Case(ImportanceWeighted(), "tied"),
     "weights of the whole step": Case(Median()),
     "distributions of a frozen copy": Case(ASFT(), "tied"),
+    "log-probabilities of a frozen copy": Case(ImportanceWeighted(), module={"reference": "copy"}),
     "an old policy": Case(PSFT(window=2)),
+    "divided by the sum of the weights": Case(Renormalized(DFT())),
+    "targets over the vocabulary": Case(GEM(), "tied", module={"chunk_rows": 7}),
+    "targets over the vocabulary, sequences": Case(LabelSmoothing(), module={"normalize": "sequences"}),
+    "more entropy": Case(EntropyBonus(Renormalized(DFT()))),
+    "weights of the data": Case(DataWeighted(ImportanceWeighted()), data={"weight": "worth"}),
     "LoRA": Case(module=ADAPTER),
+    "LoRA, rank-stabilised": Case(GEM(), module={"lora": LoRA(rank=4, rslora=True)}),
     "LoRA, a reference with the adapter off": Case(ASFT(), "tied", module=ADAPTER),
     "packed": Case(data={"micro_batch_size": 2, "packing": True}),
     "layers computed again": Case(module={"activation_checkpointing": "full"}),
@@ -65,7 +84,13 @@ HALF = {
         strategy={"compute": "bfloat16"},
         trainer={"max_steps": 1},
     ),
+    "computed in bfloat16, logits too": Case(
+        module={"logits": "bfloat16"}, strategy={"compute": "bfloat16"}, trainer={"max_steps": 1}
+    ),
     "held in bfloat16": Case(trainer={"max_steps": 1, "precision": "bf16-true"}),
+    "held in bfloat16, logits too": Case(
+        module={"logits": "bfloat16"}, trainer={"max_steps": 1, "precision": "bf16-true"}
+    ),
     "held in bfloat16, LoRA": Case(module=ADAPTER, trainer={"max_steps": 1, "precision": "bf16-true"}),
 }
 
@@ -81,6 +106,7 @@ def prepare(folder: Path) -> None:
     tiny_model(tie_word_embeddings=True).save_pretrained(folder / "tied")
     tiny_model("gemma2", tie_word_embeddings=True).save_pretrained(folder / "gemma2")
     tiny_model(vocab_size=321, intermediate_size=47).save_pretrained(folder / "odd")
+    GenerationConfig(do_sample=True, temperature=0.7).save_pretrained(folder / "model")
     for name in ("tied", "gemma2", "odd"):
         tiny_tokenizer().save_pretrained(folder / name)
 
@@ -117,6 +143,8 @@ def outcome(folder: Path, case: Case, ranks: int = 1, sharded: bool = False, **m
         "held": held / sum(value.numel() for value in weights.values()),
         "fingerprint": fingerprint(module.network),
         "reference": module.reference_weights,
+        "generation": module.network.base.generation_config.to_dict(),
+        "copies": [sum(part(value).numel() for value in copy.parameters()) for copy in module._initial],
     }
 
 

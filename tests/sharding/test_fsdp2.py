@@ -87,6 +87,19 @@ def test_buffers_that_no_state_has_are_those_of_the_reader(sharded, alone):
         assert all(torch.equal(sharded[name]["buffers"][key], value) for key, value in truth.items())
 
 
+def test_how_to_generate_is_what_the_reader_read(sharded, alone):
+    assert sharded["untied"]["generation"] == alone("untied")["generation"]
+    assert sharded["untied"]["generation"]["temperature"] == 0.7
+
+
+def test_a_frozen_copy_is_held_in_parts_between_micro_batches(sharded):
+    """Embedding and head too: it has no backward pass that would let go of them."""
+    for name in ("distributions of a frozen copy", "log-probabilities of a frozen copy"):
+        (copy,), ranks = sharded[name]["copies"], sharded[name]["ranks"]
+        whole = sum(value.numel() for value in sharded[name]["weights"].values())
+        assert copy / whole == pytest.approx(1 / ranks, rel=0.05)
+
+
 def test_the_reference_has_one_fingerprint_on_any_number_of_ranks(sharded, alone):
     for name in ("sequence weights of a cached reference", "distributions of a frozen copy"):
         assert sharded[name]["reference"] == alone(name)["reference"] is not None
@@ -107,7 +120,15 @@ def test_statistics_and_what_is_brought_along_stay_in_float32(sharded):
     assert sharded["computed in bfloat16, sequences"]["statistics"] == {"torch.float32"}
 
 
-@pytest.mark.parametrize("name", ["held in bfloat16", "held in bfloat16, LoRA"])
+def test_logits_in_bfloat16(sharded, folder):
+    """The plain computation has them so, too, and is the yardstick."""
+    exact = plain(folder, DFT(), 8, "exact")
+    allowed = max(relative(plain(folder, DFT(), micro, "bf16-true"), exact) for micro in (8, 2))
+    (ours,) = sharded["computed in bfloat16, logits too"]["before"]
+    assert 1e-4 < relative(ours, exact) <= HALF_BOUND * allowed
+
+
+@pytest.mark.parametrize("name", ["held in bfloat16", "held in bfloat16, logits too", "held in bfloat16, LoRA"])
 def test_held_in_bfloat16(sharded, alone, folder, name):
     """Each gradient entry is rounded to 8 bits once more where ranks add up, and once where micro-batches do."""
     (ours,), (truth,) = sharded[name]["before"], alone(name)["before"]

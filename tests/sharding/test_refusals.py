@@ -14,7 +14,12 @@ from ranks import start
 
 from dft_lightning import models, scoring
 from dft_lightning.__main__ import main
+from dft_lightning.callbacks import Throughput
 from dft_lightning.errors import UserError
+from dft_lightning.models import LoRA
+from dft_lightning.planning.automatic import load_of
+from dft_lightning.planning.dealt import Dealing
+from dft_lightning.resume import settings_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_strategy
 from dft_lightning.sharding.tensors import common_norm, like, part, state_of, whole
@@ -30,6 +35,12 @@ def test_what_does_not_shard_is_let_pass():
     refuse_strategy(None)
     refuse_strategy(SimpleNamespace(strategy=SingleDeviceStrategy()))
     refuse_strategy(SimpleNamespace(strategy=FSDP2Strategy()))
+
+
+def test_precisions():
+    FSDP2Strategy().refuse_precision("bf16-mixed")
+    with pytest.raises(UserError, match=r"trainer\.precision is 16-mixed; with trainer.strategy fsdp2 one of 32-true"):
+        FSDP2Strategy().refuse_precision("16-mixed")
 
 
 def test_sizes():
@@ -71,6 +82,9 @@ def refused(folder: Path) -> None:
     fails("3 ranks, 1 times, which makes 3; the run has 2", FSDP2Strategy(shard=3))
     fails("4 times", FSDP2Strategy(replicate=4))
     fails("leave compute out", FSDP2Strategy(compute="bfloat16"), precision="bf16-mixed")
+    fails("model.lora.dora is true", FSDP2Strategy(), module={"lora": LoRA(rank=2, dora=True)})
+    for kind in (torch.optim.Adafactor, torch.optim.Rprop):
+        fails(f"optimizer {kind.__name__} looks at whole weights", FSDP2Strategy(), module={"optimizer": kind})
     torch.distributed.barrier()
     if os.environ["RANK"] == "0":
         (folder / "model" / "model.safetensors").write_bytes(b"no weights")
@@ -79,7 +93,10 @@ def refused(folder: Path) -> None:
 
 
 def one_reads(folder: Path) -> None:
-    """The first rank builds the model whole, and a copy of it where one is asked for; the others never do."""
+    """The first rank builds the model whole, and a copy of it where one is asked for; the others never do.
+
+    And what is foreseen of the run knows how it is dealt out and computed.
+    """
     built = []
 
     def watched(source, *, empty=False):
@@ -87,7 +104,13 @@ def one_reads(folder: Path) -> None:
         return models.load_model(source, empty=empty)
 
     scoring.load_model = watched
-    fit(folder / "model", folder / "rows.jsonl", devices=2, strategy="fsdp2")
+    speed, halves = Throughput(), FSDP2Strategy(compute="bfloat16")
+    module = {"activation_checkpointing": "auto", "logits": "bfloat16"}
+    given = {"module": module, "devices": 2, "strategy": halves, "callbacks": [speed], "max_steps": 1}
+    found, _, trainer = fit(folder / "model", folder / "rows.jsonl", **given)
+    assert load_of(found, trainer.datamodule).dealing == Dealing(2, 1, torch.bfloat16)
+    assert "no peak is known of cpu, bfloat16" in speed.said
+    assert settings_of(found)["precision"] == "32-true, computed in bfloat16"
     assert built == ([True, False] if os.environ["RANK"] == "0" else [True])
 
 

@@ -1,6 +1,6 @@
 """Runs a function of a test file on some processes that see each other through gloo.
 
-python tests/sharding/ranks.py FILE FUNCTION FOLDER      (one rank; `start` starts them all)
+python tests/ranks.py FILE FUNCTION FOLDER      (one rank; `start` starts them all)
 """
 
 import importlib.util
@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS = 300
+SECONDS = 300.0
 
 
-def start(count: int, file: str, function: str, folder: Path, *arguments: str) -> None:
+def start(count: int, file: str, function: str, folder: Path, *arguments: str, seconds: float = SECONDS) -> None:
     """Call `function(folder, *arguments)` of a file on each rank; an `AssertionError` shows what failed ranks said.
 
     A rank that waits for one that has failed is ended.
@@ -31,16 +32,14 @@ def start(count: int, file: str, function: str, folder: Path, *arguments: str) -
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = (folder / f"rank-{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    failed = _wait(processes)
+    failed = _wait(processes, seconds)
     said = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in failed)
     assert not failed, f"ranks {failed} of {count} failed:\n{said}"
 
 
-def _wait(processes: list[subprocess.Popen]) -> list[int]:
+def _wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
     """Which failed, the first of them first."""
-    import time
-
-    end, failed = time.monotonic() + SECONDS, []
+    end, failed = time.monotonic() + seconds, []
     while any(process.poll() is None for process in processes):
         failed += [n for n, process in enumerate(processes) if process.poll() and n not in failed]
         if failed or time.monotonic() > end:
@@ -52,7 +51,7 @@ def _wait(processes: list[subprocess.Popen]) -> list[int]:
 
 def main() -> None:
     file, function, folder, *arguments = sys.argv[1:]
-    sys.path[:0] = [str(HERE.parent), str(Path(file).parent)]
+    sys.path[:0] = [str(HERE), str(Path(file).parent)]
     specification = importlib.util.spec_from_file_location("case", file)
     module = importlib.util.module_from_spec(specification)
     sys.modules["case"] = module
