@@ -169,8 +169,8 @@ class Checkpoints(Checkpoint):
             logger.save()
         trainer.save_checkpoint(checkpoint_folder(trainer.default_root_dir) / f"{name}.ckpt", weights_only=False)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is written meanwhile is there when the run has ended, and when the model is exported."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is written meanwhile is there when the run has ended, and before the model is exported."""
         self._io.wait()
         trainer.strategy.barrier()
 

@@ -5,6 +5,7 @@ for the price of sending every node each weight over the network, a tensor at a 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist

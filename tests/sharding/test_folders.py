@@ -49,8 +49,8 @@ def test_what_is_written_meanwhile_is_the_same(folder, name):
     assert any(key.startswith("optimizer.0.") for key in tensors[0])
 
 
-def saving(tmp_path, **options):
-    return {"callbacks": [Checkpoints(**options)], "enable_checkpointing": True, "default_root_dir": tmp_path}
+def saving(tmp_path):
+    return {"callbacks": [Checkpoints()], "enable_checkpointing": True, "default_root_dir": tmp_path}
 
 
 def assert_goes_on(ours, truth):
@@ -99,8 +99,3 @@ def test_a_folder_of_another_model_is_refused(folder, tmp_path):
     case = KEPT["all weights"]
     with pytest.raises(UserError, match="the checkpoint is of a run with other options"):
         cases.outcome(folder, case, **saving(tmp_path), ckpt_path=str(origin))
-
-
-def test_folders_need_a_model_that_is_dealt_out(folder, tmp_path):
-    with pytest.raises(UserError, match=r"set trainer\.strategy fsdp2, or checkpoints\.sharded false"):
-        cases.outcome(folder, KEPT["all weights"], **saving(tmp_path, sharded=True))
