@@ -1,7 +1,7 @@
 """Kills training runs at random moments, starts them again, and compares the end with a run that was never stopped.
 
     python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--ask] [--real]
-                                    [--ranks 2] [--strategy ddp|fsdp2] [--victims one|all]
+                                    [--ranks 2] [--strategy ddp|fsdp2] [--victims one|all] [--sharded] [--asynchronous]
 
 Weights, optimizer, schedule, counters and everything logged but the speed have to be the same to the bit. A third of
 the kills come at a random time from outside; the others at a random occurrence of an event: between two micro-batches,
@@ -31,6 +31,7 @@ import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dft_lightning.checkpointing import read
 from dft_lightning.signals import AGAIN
 
 BASE = """--trainer.accelerator cpu --model.model_name {model} --data NuminaMathDataModule --data.path {rows}
@@ -49,6 +50,7 @@ CASES = {
     "reference, bf16-mixed": "--model.weighting ImportanceWeighted --trainer.precision bf16-mixed "
     "--checkpoints.every_n_steps 3 --trainer.val_check_interval 1.0",
 }
+FORMS = ("sharded", "asynchronous")
 REAL = """--trainer.accelerator cpu --model.model_name smollm2-135m-instruct --data PracticeDataModule
     --data.problems 64 --data.held_out 4 --data.global_batch_size 4 --data.micro_batch_size 2 --data.packing true
     --data.max_length 256
@@ -100,9 +102,8 @@ class Killer:
 
     def install(self) -> None:
         """Watch a run of this process."""
-        from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-
         from dft_lightning.callbacks import Checkpoints
+        from dft_lightning.checkpointing import place
         from dft_lightning.module import FineTuner
 
         self.around(FineTuner, "training_step", "a micro-batch begins", "a loss is made")
@@ -112,16 +113,22 @@ class Killer:
         self.around(FineTuner, "on_train_epoch_start", None, "an epoch begins")
         self.around(Checkpoints, "_save", "before a checkpoint", "after a checkpoint")
         self.around(os, "replace", "a checkpoint is written, without its name", "a checkpoint has its name")
-        killer, write = self, TorchCheckpointIO.save_checkpoint
+        self.around(place, "remove", "before what is old is removed", "what is old is removed")
+        finish = place.finish
 
-        def halfway(plugin: Any, checkpoint: Any, path: Any, *args: Any, **options: Any) -> None:
-            write(plugin, checkpoint, path, *args, **options)
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
-            killer("a checkpoint is half-written")
-            Path(path).write_bytes(whole)
+        def halfway(path: Path) -> None:
+            unfinished = place.unfinished(path)
+            parts = {part: part.read_bytes() for part in unfinished.rglob("*.distcp")} or {
+                unfinished: unfinished.read_bytes()
+            }
+            for part, whole in parts.items():
+                part.write_bytes(whole[: len(whole) // 2])
+            self("a checkpoint is half-written")
+            for part, whole in parts.items():
+                part.write_bytes(whole)
+            finish(path)
 
-        TorchCheckpointIO.save_checkpoint = halfway
+        place.finish = halfway
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ def ended(children: list[int], patience: float | None = None) -> list[int]:
 
 def outcome(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a run leaves: the last checkpoint, and everything logged."""
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = read(run / "checkpoints" / "last.ckpt")
     del checkpoint["dft_lightning"]["saved_at"]
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "histograms": 0}).Reload()
     for tag in events.Tags()["scalars"]:
@@ -312,8 +319,8 @@ class Case:
         return moments, difference(ours[0], self.truth[0]) or difference(ours[1], self.truth[1], "logged")
 
 
-def cases_of(folder: Path, only: str, ranks: Ranks) -> list[Case]:
-    """Those whose name has a word in it, each in a folder of its own."""
+def cases_of(folder: Path, only: str, ranks: Ranks, form: str) -> list[Case]:
+    """Those whose name has a word in it, each in a folder of its own; `form` is that of their checkpoints."""
     tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     write_jsonl(folder / "rows.jsonl", sums(26))
@@ -324,7 +331,7 @@ def cases_of(folder: Path, only: str, ranks: Ranks) -> list[Case]:
             own.mkdir()
             for shared in ("model", "rows.jsonl"):
                 (own / shared).symlink_to(folder / shared)
-            cases.append(Case(name, f"{BASE} {more}", own, ranks))
+            cases.append(Case(name, f"{BASE} {more} {form}", own, ranks))
     return cases
 
 
@@ -338,6 +345,8 @@ def main() -> int:
     parser.add_argument("--victims", choices=["one", "all"], default="one")
     parser.add_argument("--ask", action="store_true")
     parser.add_argument("--real", action="store_true")
+    for form in FORMS:
+        parser.add_argument(f"--{form}", action="store_true", help=f"checkpoints.{form}")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(torch.get_num_threads() if options.real else 1)
@@ -354,7 +363,8 @@ def main() -> int:
             os.environ["DFT_CACHE_REAL"] = os.environ.get("DFT_CACHE", str(Path.home() / ".cache" / "dft-lightning"))
             cases, options.trials = [Case("SmolLM2, packed, bf16-true", REAL, folder)], 3
         else:
-            cases = cases_of(folder, options.only, ranks)
+            form = " ".join(f"--checkpoints.{form} true" for form in FORMS if vars(options)[form])
+            cases = cases_of(folder, options.only, ranks, form)
         for number in range(options.trials):
             case = cases[number % len(cases)]
             moments, wrong = case.trial(f"trial-{number}", rng, how)

@@ -21,6 +21,11 @@ from dft_lightning.adapters import LoRA
 from dft_lightning.embedded import NAME
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+BLOCKS = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("precision/*.yaml")]
+    if path.stem != "base"
+)
 OWN = '''
 from dataclasses import dataclass
 from torch import Tensor
@@ -428,7 +433,7 @@ class TestConfigs:
         )
         assert config["export"]["stop_tokens"]
 
-    @pytest.mark.parametrize("file", ["precision/fp32-master", "precision/paper-bf16", "lora", "packing", "demo"])
+    @pytest.mark.parametrize("file", BLOCKS)
     def test_the_others_parse(self, capsys, file):
         base = ["--config", str(CONFIGS / "base.yaml"), "--config", str(CONFIGS / "dft.yaml")]
         more = ["--model.model_name", "x", "--config", str(CONFIGS / f"{file}.yaml"), "--print_config"]
@@ -441,6 +446,9 @@ class TestConfigs:
         if file == "packing":
             assert config["data"]["init_args"]["packing"] == "padding_free"
             assert config["data"]["init_args"]["num_samples"] == 100000
+        if file == "fsdp2":
+            assert config["trainer"]["strategy"] == "fsdp2"
+            assert config["checkpoints"]["sharded"]
         if file == "demo":
             assert config["model"]["model_name"] == NAME
 
