@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick exactness kill-and-resume check format clean
+.PHONY: help setup demo test test-quick exactness kill-and-resume end-to-end check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,8 +29,15 @@ test-quick: $(READY) ## the tests that need neither the real model nor other pro
 exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/exactness.py
 
-kill-and-resume: $(READY) ## kill runs at 50 random moments and start them again: the same to the bit
+kill-and-resume: $(READY) ## kill runs at 130 random moments, and start them again: the same to the bit
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 50
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy ddp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy fsdp2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy ddp --victims all
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy fsdp2 --victims all
+
+end-to-end: $(READY) ## the real model on two ranks: trained, killed, gone on with, exported, asked
+	OMP_NUM_THREADS=1 $(BIN)/python tests/end_to_end.py
 
 check: $(READY) ## lint (the Dockerfile too), format and types, as CI does
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What a run stands on, kept with each of its starts: versions, state of the working directory, data and hardware."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,9 +20,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dft_lightning.planning.automatic import capacity_of
 
 FILE = "environment.json"
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = (
-    "dft-lightning", "torch", "lightning", "transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow",
-    "numpy", "jsonargparse", "triton", "flash-attn",
+    "dft-lightning", "torch", "lightning", "transformers", "tokenizers", "safetensors", "accelerate", "peft",
+    "bitsandbytes", "torchao", "datasets", "pyarrow", "numpy", "jsonargparse", "triton", "flash-attn",
 )  # fmt: skip
 #: Variables that decide how sums are taken, and over what: those of other names may be secrets.
 _VARIABLES = ("OMP_", "MKL_", "KMP_", "NCCL_", "GLOO_", "CUDA_", "CUBLAS_", "PYTORCH_", "TORCH_", "PL_GLOBAL_SEED")
@@ -37,16 +39,29 @@ def versions() -> dict[str, str]:
             continue
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
+        cudnn: Any = torch.backends.cudnn
+        found["cudnn"] = str(cudnn.version())
+    if _DRIVER.exists():
+        found["driver"] = _DRIVER.read_text().splitlines()[0]
     return found
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and files that differ from it, of the repository that a folder is in; None where there is none."""
+    """Commit, and what differs from it, of the repository that a folder is in; None where there is none."""
     commit = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=normal")
     if commit is None or changed is None:
         return None
-    return {"commit": commit.strip(), "dirty": bool(changed.strip()), "changed": changed.splitlines()[:100]}
+    text = _git(folder, "diff", "HEAD") or ""
+    differing = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest() if text else None
+    files = changed.splitlines()[:100]
+    return {"commit": commit.strip(), "dirty": bool(files), "changed": files, "diff_sha256": differing}
+
+
+def source_state() -> dict[str, Any] | None:
+    """The same of this package, where it runs from a working copy, whose version says little; else None."""
+    here = Path(__file__)
+    return git_state(here.parent) if _git(here.parent, "ls-files", "--error-unmatch", here.name) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -91,6 +106,7 @@ def start(ranks: list[dict[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]
         "directory": os.getcwd(),
         "versions": versions(),
         "git": git_state(Path.cwd()),
+        "source": source_state(),
         "arithmetic": arithmetic(),
         **run,
         "ranks": ranks,
@@ -128,10 +144,16 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     pairs = [
         *_pairs(then.get("versions", {}), now["versions"]),
         *_pairs(then.get("arithmetic", {}), now["arithmetic"]),
-        ("commit", (then.get("git") or {}).get("commit"), (now["git"] or {}).get("commit")),
+        *(_of_git(where, name, then, now) for where in ("git", "source") for name in ("commit", "diff_sha256")),
         ("devices", _devices(then), _devices(now)),
     ]
     return [f"{name} {before} → {after}" for name, before, after in pairs if before != after]
+
+
+def _of_git(where: str, name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    what = name if where == "git" else f"{name} of dft-lightning"
+    before, after = ((found.get(where) or {}).get(name) for found in (then, now))
+    return what, before, after
 
 
 def _pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

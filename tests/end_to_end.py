@@ -46,13 +46,12 @@ class LastWords(pl.Callback):
     def on_validation_end(self, trainer, module):
         torch.save(self.said, f"said-{trainer.global_rank}.pt")
 '''
-LAUNCHER = [*TORCHRUN, "-m", "dft_lightning"]
 
 
 class RealRuns(Runs):
     """Runs of the real model, whose converted weights are where users have them."""
 
-    options = OPTIONS
+    options, launcher = OPTIONS, (*TORCHRUN, "-m", "dft_lightning")
 
     def __init__(self, folder: Path, steps: int) -> None:
         from dft_lightning.embedded import cache_dir, embedded_model
@@ -65,7 +64,7 @@ class RealRuns(Runs):
 
 def killed(runs: RealRuns, run: str) -> int:
     """Start the run, and kill its second rank after the first checkpoint; how torchrun leaves."""
-    process = runs.start(run, launcher=LAUNCHER)
+    process = runs.start(run, launcher=runs.launcher)
     runs.until_saved(run, process)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     return process.wait(LONG)
@@ -138,7 +137,7 @@ def story(runs: RealRuns) -> int:
         print(f"{time.monotonic() - began:>5.0f} s | {text}", flush=True)
 
     tell(f"a rank was killed: torchrun left with {killed(runs, 'run')}")
-    runs.whole("run", launcher=LAUNCHER)
+    runs.whole("run", launcher=runs.launcher)
     tell(f"the same command again: went on from step {starts(runs, 'run')[-1]}, and ended")
     out = export(runs, "run")
     apart, bound, count = furthest(runs.folder, AutoModelForCausalLM.from_pretrained(out))

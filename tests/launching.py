@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
@@ -36,7 +37,7 @@ class Runs:
         tiny_tokenizer().save_pretrained(folder / "model")
         write_jsonl(folder / "rows.jsonl", sums(26))
 
-    def start(self, run: str, more: str = "", launcher: list[str] = DFT) -> subprocess.Popen:
+    def start(self, run: str, more: str = "", launcher: Sequence[str] = DFT) -> subprocess.Popen:
         options = [*self.options.split(), "--run_dir", run, *more.split()]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DFT_CACHE": str(self.cache)}
         with open(self.folder / f"{run}.log", "a") as log:
@@ -44,7 +45,7 @@ class Runs:
                 [*launcher, *options], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def whole(self, run: str, more: str = "", launcher: list[str] = DFT) -> None:
+    def whole(self, run: str, more: str = "", launcher: Sequence[str] = DFT) -> None:
         assert self.start(run, more, launcher).wait(LONG) == 0, self.log(run)
 
     def until_saved(self, run: str, process: subprocess.Popen) -> None:

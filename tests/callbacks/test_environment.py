@@ -107,15 +107,38 @@ class TestGit:
     def test_clean_and_dirty(self, repository):
         clean = environment.git_state(repository)
         assert (len(clean["commit"]), clean["dirty"], clean["changed"]) == (40, False, [])
+        assert clean["diff_sha256"] is None
         (repository / "kept.py").write_text("two")
         (repository / "new.py").write_text("three")
         dirty = environment.git_state(repository)
+        difference = dirty.pop("diff_sha256")
         assert dirty == {"commit": clean["commit"], "dirty": True, "changed": [" M kept.py", "?? new.py"]}
+        (repository / "kept.py").write_text("three")
+        assert len(difference) == 64
+        assert environment.git_state(repository)["diff_sha256"] != difference
 
     def test_no_repository_and_no_git(self, tmp_path, repository, monkeypatch, tmp_path_factory):
         assert environment.git_state(tmp_path_factory.mktemp("plain")) is None
         monkeypatch.setenv("PATH", str(tmp_path))
         assert environment.git_state(repository) is None
+
+    def test_of_the_package_where_it_runs_from_a_working_copy(self, repository, monkeypatch):
+        """Not where it is installed, be it in a folder within a repository of its user's."""
+        monkeypatch.setattr(environment, "__file__", str(repository / "kept.py"))
+        assert environment.source_state() == environment.git_state(repository)
+        (repository / "installed.py").write_text("")
+        monkeypatch.setattr(environment, "__file__", str(repository / "installed.py"))
+        assert environment.source_state() is None
+
+
+def test_code_that_was_changed_in_between_is_named():
+    def found(diff, source):
+        git = {"commit": "one", "diff_sha256": diff}
+        return {"versions": {}, "arithmetic": {}, "git": git, "source": {"commit": source}, "ranks": []}
+
+    changed = environment.differences(found(None, "a"), found("d", "b"))
+    assert changed == ["diff_sha256 None → d", "commit of dft-lightning a → b"]
+    assert environment.differences({}, found(None, "a"))[0] == "commit None → one"
 
 
 def test_another_environment_is_said(model_dir, rows_file, tmp_path, monkeypatch, caplog):
