@@ -85,6 +85,7 @@ def fit(folder: Path, model: str, strategy: str, compute: str) -> Metered:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     trainer.fit(module, data)
