@@ -24,3 +24,9 @@ def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, choice))
     true = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
     return true.get(precision, torch.float32)
+
+
+def held_and_computed(choice: Precision, precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """In what the weights are held, and in what products with them are computed."""
+    held = weights_dtype(choice, precision)
+    return held, {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, held)

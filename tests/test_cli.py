@@ -21,6 +21,7 @@ from dft_lightning.adapters import LoRA
 from dft_lightning.embedded import NAME
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PRECISIONS = ["precision/fp32-master", "precision/paper-bf16"]
 OWN = '''
 from dataclasses import dataclass
 from torch import Tensor
@@ -428,7 +429,7 @@ class TestConfigs:
         )
         assert config["export"]["stop_tokens"]
 
-    @pytest.mark.parametrize("file", ["precision/fp32-master", "precision/paper-bf16", "lora", "packing", "demo"])
+    @pytest.mark.parametrize("file", [*PRECISIONS, "lora", "qlora", "packing", "demo"])
     def test_the_others_parse(self, capsys, file):
         base = ["--config", str(CONFIGS / "base.yaml"), "--config", str(CONFIGS / "dft.yaml")]
         more = ["--model.model_name", "x", "--config", str(CONFIGS / f"{file}.yaml"), "--print_config"]
@@ -436,7 +437,8 @@ class TestConfigs:
             main(["fit", *base, *more])
         assert leaving.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        if file == "lora":
+        assert config["model"]["quantization"] == ("nf4" if file == "qlora" else None)
+        if file in ("lora", "qlora"):
             assert config["model"]["lora"] == asdict(LoRA(rank=8, alpha=16, dropout=0.0, target_modules="all-linear"))
         if file == "packing":
             assert config["data"]["init_args"]["packing"] == "padding_free"

@@ -51,6 +51,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         together=module.weighting.scope == "sequence",
         compared=module.reference_in_force == "copy",
         targets=targets_of(module.weighting),
+        packed=module.source.quantization is not None,
     )
 
 

@@ -47,6 +47,7 @@ class Load:
         fused: whether the optimizer's step is one kernel, whatever `optimizer` says.
         compared: whether a frozen copy of the model is held as the reference.
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
+        packed: whether weights beside adapters are held in 4 bits.
     """
 
     config: Any
@@ -66,10 +67,11 @@ class Load:
     fused: bool = False
     compared: bool = False
     targets: int = 0
+    packed: bool = False
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
-        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention))
+        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.packed))
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         narrow_logits=load.logits == "bfloat16",
         together=load.together,
         targets=load.targets,
+        packed=load.packed,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
