@@ -15,7 +15,6 @@ it rounds once, ours may round twice, so its error against the float32 truth may
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from harness import fit
+from ports import free_port
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.models import ModelSource, load_model
@@ -293,10 +293,7 @@ def table(quick: bool) -> list[tuple[str, ...]]:
 
 def some_ranks(count: int, folder: Path, quick: bool) -> None:
     """Have so many processes run all that needs so many ranks, one after another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     common |= {
         "LOCAL_WORLD_SIZE": str(count),
         "TORCHELASTIC_RUN_ID": "exactness",

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
+from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dft_lightning.signals import AGAIN
@@ -130,10 +130,7 @@ def start_all(
     """Fork all ranks of a run, one of which sends itself a signal; their process ids."""
     if ranks == 1:
         return [start(arguments, folder, at, sent)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [*arguments, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
     chosen = [at if rank == victim else None for rank in range(ranks)]
     return [start(arguments, folder, one, sent, place | {"LOCAL_RANK": str(rank)}) for rank, one in enumerate(chosen)]
