@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import UserError
+from dft_lightning.quantization import weight_of
 
 
 @dataclass
@@ -82,7 +83,7 @@ def begin_at_the_model(model: nn.Module) -> None:
     """
     for layer, name, magnitude in _magnitudes(model):
         factor = layer.lora_A[name].weight
-        weight = layer.get_base_layer().weight.to(factor.dtype)
+        weight = weight_of(layer.get_base_layer()).to(factor.dtype)
         length = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
         magnitude.weight.copy_(length)
 

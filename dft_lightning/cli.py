@@ -7,7 +7,6 @@ Starting the same command again goes on there.
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.callbacks import (
@@ -35,6 +34,7 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
@@ -92,32 +92,6 @@ def _holds_weightings(key: str) -> bool:
 def _subclasses(base: type) -> list[type]:
     found: list[type] = base.__subclasses__()
     return found + [deeper for cls in found for deeper in _subclasses(cls)]
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes the configuration of a fit, as parsed and merged, to `run_dir/config.yaml`."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the file, on the first rank."""
-        if stage == "fit" and trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / ".config.yaml.unfinished"
-            config = self.config.clone()
-            config.ckpt_path, config.overwrite, config.allow_changes = None, False, []  # of this start, not of the run
-            self.parser.save(config, unfinished, skip_none=False, overwrite=True, multifile=False)
-            unfinished.rename(folder / "config.yaml")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is in place: what `--overwrite` has set aside can go."""
-        if trainer.is_global_zero:
-            shutil.rmtree(Path(trainer.default_root_dir) / ASIDE, ignore_errors=True)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A false start: what was set aside comes back."""
-        run_dir = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and (run_dir / ASIDE).exists():
-            move_run(run_dir / ASIDE, run_dir)
 
 
 class CommandLine(LightningCLI):
@@ -209,7 +183,8 @@ class CommandLine(LightningCLI):
             own += given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
         trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: isinstance(callback, Progress))  # it shows what the others log
+        # progress shows what the others log, and the configuration is there for those that look at it
+        callbacks.sort(key=lambda callback: isinstance(callback, Progress) - isinstance(callback, SaveConfig))
         return trainer
 
     def _logger(self) -> TensorBoardLogger:

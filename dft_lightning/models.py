@@ -6,6 +6,7 @@ Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
 from dft_lightning.logits import splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
+from dft_lightning.quantization import Quantization, leave_out_of_states, loading_options, make_exact
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class ModelSource:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
+    compute: torch.dtype = torch.float32
+    """In what the products with quantized weights are computed."""
 
     def path(self) -> str:
         """A folder or a hub name; the embedded model is converted here, on its first use."""
@@ -73,13 +78,15 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
 
     place: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     kind: dict[str, Any] = {"dtype": source.dtype, "attn_implementation": source.attn_implementation}
+    packed = {} if source.quantization is None else loading_options(source.quantization, source.compute)
     with loading("weights", source):
         model: Any
         if empty:
             config = AutoConfig.from_pretrained(source.path(), **place)
             model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **kind)
         else:
-            model = auto.from_pretrained(source.path(), **kind, **place)
+            model = auto.from_pretrained(source.path(), **kind, **place, **packed)
+            make_exact(model)
     return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
 
 
@@ -119,6 +126,8 @@ class WeightedLM(nn.Module):
         """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
         self._transform = _logit_transform(self.base.config)
         self._check_head()
+        if self._is_packed:
+            leave_out_of_states(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightedLM":
         """Move or cast the parameters, but keep the precision of buffers.
@@ -144,6 +153,17 @@ class WeightedLM(nn.Module):
     def has_adapter(self) -> bool:
         """Whether LoRA is in place, and with it a reference that costs no memory: the model with the adapter off."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def _is_packed(self) -> bool:
+        return getattr(self.base, "is_loaded_in_4bit", False)
+
+    @cached_property
+    def left_out(self) -> str | None:
+        """sha256 of what this module's state leaves out: a base in 4 bits."""
+        from dft_lightning.reference import fingerprint_of_base
+
+        return fingerprint_of_base(self.base) if self._is_packed else None
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
+from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
 from dft_lightning.scoring import Reference, WeightedModule
@@ -50,6 +51,7 @@ class FineTuner(WeightedModule):
             matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
         compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
+        quantization: hold what is not trained in 4 bits ("nf4"), under LoRA alone; needs bitsandbytes.
         reference: what a weighting compares with, the initial model: a cache on disk of its log-probabilities, computed
             once; the model with its adapter off; or a frozen copy in memory. auto takes the adapter where there is one,
             else the cache, or the copy where distributions over the vocabulary are wanted.
@@ -76,6 +78,7 @@ class FineTuner(WeightedModule):
         activation_checkpointing: Recomputation | Literal["auto"] = "none",
         compile: bool = False,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         reference: Reference = "auto",
         tokenizer_name: str | None = None,
         chat_template: str | None = None,
@@ -94,11 +97,11 @@ class FineTuner(WeightedModule):
             given | {"weighting": to_spec(self.weighting), "lora": asdict(self.lora) if self.lora else None}
         )
         self.optimizer, self.lr_schedule, self.warmup_ratio = optimizer, lr_schedule, warmup_ratio
-        self.normalize, self.dtype_choice, self.chat_template = normalize, dtype, chat_template
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
-        self.tokenizer_name, self.reference = tokenizer_name, reference
+        self.source.quantization, self.dtype_choice, self.normalize = quantization, dtype, normalize
+        self.tokenizer_name, self.chat_template = tokenizer_name, chat_template
+        self.reference, self.chunk_rows, self.logits = reference, chunk_rows, logits
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
-        self.chunk_rows, self.logits = chunk_rows, logits
         self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
@@ -143,9 +146,7 @@ class FineTuner(WeightedModule):
         from dft_lightning.planning.automatic import choose
 
         if data is None:
-            raise UserError(
-                "model.activation_checkpointing auto goes by the largest micro-batch: train with a data module"
-            )
+            raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
         return choose(self, data)
 
     def _weights_of_step(self, step: int) -> list[Tensor]:

@@ -40,5 +40,11 @@ def weights_dtype(choice: Precision, precision: str) -> torch.dtype:
     return true.get(precision, torch.float32)
 
 
+def held_and_computed(choice: Precision, precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """In what the weights are held, and in what products with them are computed."""
+    held = weights_dtype(choice, precision)
+    return held, {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, held)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

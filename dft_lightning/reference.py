@@ -7,14 +7,14 @@ one that no longer fits is never found. It covers the rows that a run uses, no o
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from dft_lightning.embedded import cache_dir
 from dft_lightning.models import WeightedLM
@@ -90,14 +90,24 @@ def initial_copy(module: "WeightedModule") -> WeightedLM:
     return network
 
 
-def fingerprint(network: nn.Module) -> str:
+def fingerprint(network: WeightedLM) -> str:
     """sha256 over all weights of a model, whatever its name and files are called.
 
-    Not over LoRA's, which are random at the start and change nothing there.
+    Not over LoRA's, which are random at the start and change nothing there; of weights in 4 bits not over their scales'
+    second scale, in which another number of threads rounds otherwise.
     """
+    return _sha256(network.model.state_dict(prefix="model."))
+
+
+def fingerprint_of_base(model: nn.Module) -> str:
+    """The same whether adapters are around the layers of a transformers model or not."""
+    return _sha256({name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()})
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        if "lora_" in name:
+    for name, tensor in state.items():
+        if "lora_" in name or ".weight." in name:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         full = whole(tensor.detach()).cpu().contiguous()

@@ -36,6 +36,11 @@ def refuse(module: "FineTuner") -> None:
         )
     if module.reference == "adapter_off" and module.lora is None:
         raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
+    if module.source.quantization is not None and module.lora is None:
+        raise UserError(
+            f"model.quantization is {module.source.quantization}, but weights in 4 bits are not trained: set "
+            "model.lora, whose adapters are, or leave it out"
+        )
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
         if value is not None and value < 1:
             raise UserError(f"model.{option} is {value}; expected 1 or more")

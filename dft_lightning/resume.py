@@ -23,7 +23,15 @@ CHECKPOINT_KEY = "dft_lightning"
 Identity = dict[str, dict[str, Any]]
 """By kind (a `Change`, or what can never change), what it consists of."""
 
-_OF_THE_VERSION = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+_OF_THE_VERSION = (
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "quantization_config",
+)
 
 
 def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
@@ -32,7 +40,7 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
         "model": {"name": _place(hparams["model_name"])},
         "weighting": {"": hparams["weighting"]},
         "normalize": {"": hparams["normalize"]},
-        "lora": {"": _lora(hparams["lora"])},
+        "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
 
@@ -51,6 +59,7 @@ def identity(module: "FineTuner") -> Identity:
     # truncation and padding, which stand before the added tokens, are left there by whoever called it last
     vocabulary = backend.to_str().partition('"added_tokens"')[2] if backend else tokenizer.get_vocab()
     found = identity_by_options(module.hparams)
+    found["model"]["weights left out of checkpoints"] = module.network.left_out
     found["model"]["architecture"] = _sha256(json.dumps(config, sort_keys=True, default=str))
     found["tokenizer"]["content"] = _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]))
     found["weighting"]["content"] = fingerprint(module.weighting)

@@ -19,7 +19,7 @@ from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
-from dft_lightning.precision import computed_in, refuse_logits, weights_dtype
+from dft_lightning.precision import computed_in, held_and_computed, refuse_logits
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
 from dft_lightning.sharding.initial import initial_network, refuse_strategy
@@ -101,9 +101,8 @@ class WeightedModule(pl.LightningModule):
         if self.network is not None:
             return
         refuse_strategy(self._trainer)
-        self.source.dtype = self._weights_dtype()
-        products = computed_in(self._trainer) or self.source.dtype
-        refuse_logits(self.logits, products, str(self.trainer.precision) if self._trainer else "")
+        self.source.dtype, self.source.compute = held_and_computed(self.dtype_choice, self._precision)
+        refuse_logits(self.logits, computed_in(self._trainer) or self.source.dtype, self._precision)
         self.network = initial_network(self)
         refuse_ids(self.weighting, self.network.base.get_output_embeddings().weight.shape[0])
         self.is_initial = True
@@ -113,8 +112,9 @@ class WeightedModule(pl.LightningModule):
         model = load_model(self.source, empty=empty)
         return model if self.lora is None else add_lora(model, self.lora)
 
-    def _weights_dtype(self) -> torch.dtype:
-        return weights_dtype(self.dtype_choice, str(self.trainer.precision) if self._trainer is not None else "32-true")
+    @property
+    def _precision(self) -> str:
+        return str(self.trainer.precision) if self._trainer is not None else "32-true"
 
     @property
     def total_steps(self) -> int:

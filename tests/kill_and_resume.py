@@ -17,7 +17,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
+from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dft_lightning.checkpointing import read
@@ -118,9 +118,7 @@ class Killer:
 
         def halfway(path: Path) -> None:
             unfinished = place.unfinished(path)
-            parts = {part: part.read_bytes() for part in unfinished.rglob("*.distcp")} or {
-                unfinished: unfinished.read_bytes()
-            }
+            parts = {part: part.read_bytes() for part in [*unfinished.rglob("*.distcp")] or [unfinished]}
             for part, whole in parts.items():
                 part.write_bytes(whole[: len(whole) // 2])
             self("a checkpoint is half-written")
@@ -157,9 +155,7 @@ class Ranks:
         """Fork them all, one of which may send itself a signal; their process ids."""
         if self.count == 1:
             return [start(arguments, folder, kill)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         place = {"WORLD_SIZE": str(self.count), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         arguments = [*arguments, "--trainer.devices", str(self.count), "--trainer.strategy", self.strategy]
         ranks = range(self.count)

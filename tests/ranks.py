@@ -5,7 +5,6 @@ python tests/ranks.py FILE FUNCTION FOLDER      (one rank; `start` starts them a
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,10 +19,9 @@ def start(count: int, file: str, function: str, folder: Path, *arguments: str, s
 
     A rank that waits for one that has failed is ended.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    from ports import free_port  # a rank does not have it on its path
+
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     common |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DFT_CACHE": str(folder / "cache")}
     command = [sys.executable, str(HERE / "ranks.py"), file, function, str(folder), *arguments]

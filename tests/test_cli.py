@@ -441,7 +441,8 @@ class TestConfigs:
             main(["fit", *base, *more])
         assert leaving.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        if file == "lora":
+        assert config["model"]["quantization"] == ("nf4" if file == "qlora" else None)
+        if file in ("lora", "qlora"):
             assert config["model"]["lora"] == asdict(LoRA(rank=8, alpha=16, dropout=0.0, target_modules="all-linear"))
         if file == "packing":
             assert config["data"]["init_args"]["packing"] == "padding_free"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import FSDP2, LONG, OPTIONS, ROOT, SOON, Runs
+from ports import free_port
 
 from dft_lightning.signals import AGAIN
 
@@ -98,9 +98,7 @@ def test_two_nodes_by_torchrun_that_are_asked_to_leave_go_on_to_the_same_end(tmp
     """One process each, and the model shared; what they come to is compared with two processes of one node."""
     runs = Runs(tmp_path)
     runs.whole("whole", FSDP2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{free.getsockname()[1]}"
+    head = f"127.0.0.1:{free_port()}"
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     given = {"NODES": "2", "GPUS": "1", "HEAD": head, "STRATEGY": "fsdp2", "DFT_CACHE": str(tmp_path / "c")}
     environment = os.environ | path | given

@@ -57,14 +57,17 @@ class Export(Callback):
     def _write(self, module: "FineTuner", stored: Stored | None, gathered: Stored | None) -> None:
         source = stored or gathered
         model = module.model if source is None else source.model()
-        base = model.get_base_model() if module.lora is not None else model
-        add_stops(base.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
+        self._add_stops(module, model.get_base_model() if module.lora is not None else model)
         folder = Path(module.trainer.default_root_dir) / "export"
         _write(module, stored, model, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
         if self.merge_lora and module.lora is not None:
-            merged = copy.deepcopy(model).merge_and_unload()
+            merged = copy.deepcopy(model).merge_and_unload() if source is None else source.merged()
+            self._add_stops(module, merged)
             _write(module, stored, merged, folder.with_name("export-merged"), is_merged=True)
+
+    def _add_stops(self, module: "FineTuner", model: Any) -> None:
+        add_stops(model.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
 
 
 def _best(trainer: pl.Trainer) -> Stored | None:
@@ -77,12 +80,18 @@ def _best(trainer: pl.Trainer) -> Stored | None:
 
 
 def _gathered(module: "FineTuner") -> Stored | None:
-    """The present state, whole on the first rank, where its weights are dealt over the ranks, which all have to ask."""
+    """The present state, whole on the first rank, where its weights are dealt over the ranks, which all have to ask.
+
+    And where a base is quantized, into whose weights nothing can be merged.
+    """
     strategy = module.trainer.strategy
-    if not isinstance(strategy, FSDP2Strategy):
+    if isinstance(strategy, FSDP2Strategy):
+        state = strategy.whole_state_dict()
+    elif module.source.quantization is not None:
+        state = strategy.lightning_module_state_dict()
+    else:
         return None
-    weights = weights_of(strategy.whole_state_dict())
-    return Stored(dict(module.hparams), weights, module.trainer.global_step, facts_of(module))
+    return Stored(dict(module.hparams), weights_of(state), module.trainer.global_step, facts_of(module))
 
 
 def _write(module: "FineTuner", stored: Stored | None, model: Any, folder: Path, is_merged: bool = False) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import yaml
 
-_PACKAGES = ("dft-lightning", "lightning", "torch", "transformers", "peft")
+_PACKAGES = ("dft-lightning", "lightning", "torch", "transformers", "peft", "bitsandbytes")
+#: By whether the adapter is merged.
+_QUANTIZED = {
+    False: "in 4 bits: its logits are those of training beside `BitsAndBytesConfig(load_in_4bit=True, "
+    'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)` only',
+    True: "in 4 bits (nf4); these weights are what those stand for, and the adapter's product",
+}
 
 
 def card(
@@ -33,6 +39,8 @@ def card(
     if options["lora"] is not None:
         given = ", ".join(f"{key} {value}" for key, value in options["lora"].items())
         objective["LoRA"] = f"{given}; {'merged into the weights' if merged else 'this folder is the adapter'}"
+    if options.get("quantization") is not None:
+        objective["Base as it was trained"] = _QUANTIZED[merged]
     objective["Optimizer steps"] = f"{step:,} of {facts['settings']['steps']:,}"
     objective |= {key: value for key, value in facts["settings"].items() if key != "steps" and value is not None}
     shown = {name: f"{value:.6g}" for name, value in sorted(metrics.items())} or {"none": "was logged beside it"}

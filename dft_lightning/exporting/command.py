@@ -63,11 +63,10 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     has_adapter = stored.options["lora"] is not None
     if given.merge_lora and not has_adapter:
         raise UserError(f"--merge_lora true, but {given.checkpoint} is of a run without adapter: leave it out")
-    tokenizer, model = stored.tokenizer(given.model_name), stored.model(given.model_name)
-    base = model.get_base_model() if has_adapter else model
+    tokenizer = stored.tokenizer(given.model_name)
+    model = (stored.merged if given.merge_lora else stored.model)(given.model_name)
+    base = model.get_base_model() if has_adapter and not given.merge_lora else model
     add_stops(base.generation_config, stop_ids(tokenizer, given.stop_tokens))
-    if given.merge_lora:
-        model = model.merge_and_unload()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dft_lightning.checkpointing import read
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, add_lora, load_tokenizer, loading
+from dft_lightning.models import LoRA, ModelSource, add_lora, load_model, load_tokenizer, loading
+from dft_lightning.quantization import Quantization, leave_out_of_states, read_out
+from dft_lightning.reference import fingerprint_of_base
 from dft_lightning.resume import CHECKPOINT_KEY
 
 _PREFIX = "network.model."
@@ -28,14 +30,25 @@ class Stored:
     facts: dict[str, Any]
     """See `resume.facts_of`."""
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base was held; if at all, `weights` are those of the adapter alone."""
+        found: Quantization | None = self.options.get("quantization")
+        return found
+
     def source(self, model_name: str | None = None) -> ModelSource:
         """Where configuration and tokenizer are; `model_name` stands for the run's own."""
         options = self.options
+        dtype = next(iter(self.weights.values())).dtype
+        if self.quantization is not None:
+            dtype = getattr(torch, self.facts["settings"]["dtype"].removeprefix("torch."))
         return ModelSource(
             model_name or options["model_name"],
-            next(iter(self.weights.values())).dtype,
+            dtype,
             revision=None if model_name else options["revision"],
             trust_remote_code=options["trust_remote_code"],
+            quantization=self.quantization,
+            compute=dtype,
         )
 
     def tokenizer(self, model_name: str | None = None) -> Any:
@@ -48,15 +61,45 @@ class Stored:
     def model(self, model_name: str | None = None) -> Any:
         """The transformers model with these weights, in a peft model where the run trained an adapter.
 
+        A base that was quantized stays without weights: an adapter is written without it.
+
         Raises:
             UserError: the configuration cannot be loaded, or is not of these weights.
         """
-        source, lora = self.source(model_name), self.options["lora"]
-        model: Any = _without_weights(source)
-        base = model
+        source = self.source(model_name)
+        model = self._filled(_without_weights(source), source)
+        if self.quantization is None:
+            (model if self.options["lora"] is None else model.get_base_model()).tie_weights()
+        return model.eval()
+
+    def merged(self, model_name: str | None = None) -> Any:
+        """The transformers model with the adapter's product added to its weights.
+
+        To those that a quantized base stands for, since they are what the adapter has learnt beside.
+
+        Raises:
+            UserError: as in `model`; or the base was quantized, and is another by now.
+        """
+        if self.quantization is None:
+            return self.model(model_name).merge_and_unload()
+        source = self.source(model_name)
+        packed = load_model(source)
+        now, then = fingerprint_of_base(packed), self.facts["identity"]["model"]["weights left out of checkpoints"]
+        if now != then:
+            raise UserError(
+                f"the weights of {source.name!r} are no longer those that the adapter was trained beside: --model_name "
+                "names the folder where they are"
+            )
+        return self._filled(read_out(packed), source).merge_and_unload().eval()
+
+    def _filled(self, model: Any, source: ModelSource) -> Any:
+        """The model with these weights, in a peft model where there was one."""
+        lora = self.options["lora"]
         if lora is not None:
-            with torch.device("meta"):
+            with torch.device(model.device):
                 model = add_lora(model, LoRA(**lora))
+        if self.quantization is not None:
+            leave_out_of_states(model)
         try:
             model.load_state_dict(self.weights, assign=True)
         except RuntimeError as error:
@@ -64,8 +107,7 @@ class Stored:
                 f"the weights are not those of a model like {source.name!r} ({' '.join(str(error).split())[:200]}): "
                 "has its config.json changed since the run? --model_name names another folder"
             ) from error
-        base.tie_weights()
-        return model.eval()
+        return model
 
 
 def _without_weights(source: ModelSource) -> Any:

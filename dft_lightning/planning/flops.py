@@ -74,25 +74,23 @@ def model_flops(network: "WeightedLM") -> ModelFlops:
     """
     decoder, head = network.base.get_decoder(), network.base.get_output_embeddings().weight
     return ModelFlops(
-        a_token=sum(_of_weight(weight) for weight in _factors(decoder)),
-        a_supervised=_of_weight(head),
+        a_token=sum((6 if trained else 4) * numbers for numbers, trained in _factors(decoder)),
+        a_supervised=(6 if head.requires_grad else 4) * head.numel(),
         attention=tuple(_attention(decoder.config)),
     )
 
 
-def _of_weight(weight: nn.Parameter) -> int:
-    return (6 if weight.requires_grad else 4) * weight.numel()
-
-
-def _factors(decoder: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights that every token is multiplied with."""
+def _factors(decoder: nn.Module) -> Iterator[tuple[int, bool]]:
+    """The numbers of each weight that every token is multiplied with, and whether it is trained."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in decoder.named_modules():
         linear = isinstance(module, nn.Linear | Conv1D)
         for own, parameter in module.named_parameters(recurse=False):
             if linear and own == "weight":
-                yield parameter
+                packed = isinstance(module, nn.Linear) and not parameter.is_floating_point()
+                numbers = module.in_features * module.out_features if packed else parameter.numel()
+                yield numbers, parameter.requires_grad
             elif parameter.ndim > 1 and not isinstance(module, nn.Embedding):
                 raise NotCountedError(
                     f"the FLOPs of {name}.{own}, a weight of {type(module).__name__}, are not known here"

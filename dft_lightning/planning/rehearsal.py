@@ -25,10 +25,12 @@ from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.live_bytes import LiveBytes
+from dft_lightning.planning.packed import pack, refuse_dora
 from dft_lightning.recomputation import Recomputation, recompute
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 _ITSELF = (None, "eager", "sdpa")  # runs as it is
 
@@ -79,6 +81,7 @@ class Setting:
         narrow_logits: whether the loss holds logits in the products' precision.
         together: whether all rows of a chunk are weighed together.
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
+        packed: whether the weights beside adapters are held in 4 bits.
     """
 
     dtype: torch.dtype
@@ -91,11 +94,12 @@ class Setting:
     narrow_logits: bool = False
     together: bool = False
     targets: int = 0
+    packed: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
         """What a mixed precision casts to."""
-        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return _MIXED.get(self.precision)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class Footprint:
     gradients: int
 
 
-def skeleton(config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str, attention: str | None) -> Any:
+def skeleton(
+    config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str, attention: str | None, packed: bool = False
+) -> Any:
     """The model without its weights, on the meta device, in training mode.
 
     Lightning casts all parameters where the precision is a half one and "true", adapters in float32 among them.
@@ -125,11 +131,16 @@ def skeleton(config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str,
     AttentionInterface.register(_TOLD, _whole_rows)
     named = attention if attention in _ITSELF else _TOLD
     made: Any = AutoModelForCausalLM
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)  # of a model that is there already
     with torch.device("meta"):
-        model = made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=named)
+        model = made.from_config(config, dtype=dtype, attn_implementation=named)
+        if packed:
+            refuse_dora(lora)
+            pack(model, _MIXED.get(precision, dtype))
         model = (model if lora is None else add_lora(model, lora)).train()
     if precision in _CASTS:
-        for parameter in model.parameters():
+        for parameter in filter(Tensor.is_floating_point, model.parameters()):
             parameter.data = parameter.data.to(_CASTS[precision])
     return model
 
@@ -156,7 +167,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
         plain = setting.attention == "sdpa" and not shape.packed
         attention = _TOLD if plain else setting.attention
         with unset_fake_temporarily():
-            model = skeleton(config, lora, setting.dtype, setting.precision, attention)
+            model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.packed)
         _faked(model)
         base = model if lora is None else model.get_base_model()
         recompute(base.get_decoder(), setting.recomputation)

@@ -23,6 +23,11 @@ def initial_network(module: "WeightedModule", *, frozen: bool = False) -> Weight
     """
     strategy = module.trainer.strategy if module._trainer is not None else None
     sharded = isinstance(strategy, FSDP2Strategy)
+    if sharded and module.source.quantization is not None:
+        raise UserError(
+            f"model.quantization is {module.source.quantization}, and trainer.strategy deals out weights in whole "
+            "precision only: set trainer.strategy ddp or auto, or leave quantization out"
+        )
 
     def build(empty: bool) -> WeightedLM:
         with torch.device("meta") if empty else nullcontext():
