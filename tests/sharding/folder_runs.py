@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -41,6 +42,16 @@ def write(folder: Path) -> None:
             where = {"default_root_dir": folder / f"{form} {name}", "enable_checkpointing": True}
             found = outcome(folder, case, count, sharded=True, callbacks=callbacks, **where)
             keep(folder, f"whole {form} {name}", found)
+
+
+def write_copies(folder: Path) -> None:
+    """A whole run of ranks that share two copies of the weights."""
+    case = replace(KEPT["all weights"], strategy={"replicate": 2})
+    options = {"callbacks": [Checkpoints(sharded=True)], "enable_checkpointing": True}
+    found = outcome(
+        folder, case, int(os.environ["WORLD_SIZE"]), sharded=True, default_root_dir=folder / "two", **options
+    )
+    keep(folder, "two copies", found)
 
 
 def go_on(folder: Path, own: str) -> None:

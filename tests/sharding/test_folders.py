@@ -66,6 +66,17 @@ def test_on_another_number_of_ranks_up_to_rounding(folder, count):
         assert_goes_on(of(folder, f"on {count}", name), of(folder, "whole at once", name))
 
 
+@pytest.mark.slow
+def test_ranks_that_share_two_copies_write_one(folder):
+    start(4, folder_runs.__file__, "write_copies", folder)
+    path = folder / "two" / "checkpoints" / "last.ckpt"
+    written, weights = read(path)["state_dict"], torch.load(folder / "two copies.pt")["weights"]
+    assert all(torch.equal(written[f"network.{name}"], value) for name, value in weights.items())
+    one = middle(folder, "all weights", "at once")
+    size, of_one = (sum(part.stat().st_size for part in place.glob("*.distcp")) for place in (path, one))
+    assert size < 1.5 * of_one
+
+
 @NAMED
 def test_with_a_strategy_that_does_not_shard(folder, name, tmp_path):
     origin = str(middle(folder, name, "at once"))
