@@ -70,7 +70,7 @@ class Notice:
             for number, handler in before.items():
                 signal.signal(number, handler)
             os.close(self._pipe[1])  # the thread reads the end, and closes the other one
-            self._pipe = None
+            self._pipe = self.received = None
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

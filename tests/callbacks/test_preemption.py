@@ -12,6 +12,7 @@ from harness import events, fit, logger
 from kill_and_resume import difference
 
 from dft_lightning.callbacks import Checkpoints, Preemption
+from dft_lightning.cli import main
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 
 CONSTANT = {"lr_schedule": "constant", "optimizer": torch.optim.Adam}
@@ -48,6 +49,7 @@ def test_the_step_is_finished_and_saved_and_the_rest_is_as_undisturbed(model_dir
     with pytest.raises(Preempted) as left:
         run(model_dir, rows_file, tmp_path / "parts", send)
     assert left.value.code == AGAIN == 85
+    assert NOTICE.received is None  # whatever runs next in this process was not asked
     assert (send.seen, step_of(tmp_path / "parts")) == (4, 2)
     assert not [path for path in (tmp_path / "parts" / "checkpoints").iterdir() if "unfinished" in path.name]
     last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
@@ -98,6 +100,26 @@ def test_after_the_last_step_the_run_just_ends(model_dir, rows_file, tmp_path):
     send = Send(7)
     run(model_dir, rows_file, tmp_path, send)
     assert (send.seen, step_of(tmp_path)) == (8, 4)
+
+
+SWALLOWS = """import os, signal
+from dft_lightning.weighting import DFT as Mine
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("here the handler runs")
+except BaseException:
+    pass
+"""
+
+
+def test_an_error_after_a_signal_that_was_swallowed_asks_to_be_started_again(tmp_path, monkeypatch, capsys):
+    """What looks like a wrong option may be what the signal has left undone; if not, the next start will tell."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    monkeypatch.chdir(tmp_path)
+    wrong = ["--data", "PracticeDataModule", "--model.model_name", "any", "--checkpoints.every_n_steps", "0"]
+    assert main(["fit", "--model.weighting", "swallows.Mine", *wrong]) == AGAIN
+    assert "checkpoints.every_n_steps is 0" in capsys.readouterr().err
+    assert main(["fit", "--model.weighting", "DFT", *wrong]) == 2
 
 
 class Early(pl.Callback):
