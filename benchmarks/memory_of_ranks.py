@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -126,7 +127,12 @@ def measured(count: int, strategy: str, compute: str, gaps: bool) -> list[dict[s
         folder = Path(made)
         prepare(folder)
         common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"MASTER_PORT": "29533", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "memory", "OMP_NUM_THREADS": "1"}
+        common |= {
+            "MASTER_PORT": str(_free_port()),
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "memory",
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, __file__, "--rank-of", made, "--strategies", strategy, "--compute", compute]
         environment = os.environ | common | ({} if gaps else _TIGHT)
         running = [
@@ -137,6 +143,12 @@ def measured(count: int, strategy: str, compute: str, gaps: bool) -> list[dict[s
         if any(codes):
             raise RuntimeError("a rank has failed; its output is above")
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def lines(count: int, strategy: str, found: list[dict[str, Any]], gaps: bool) -> Iterator[str]:

@@ -70,10 +70,17 @@ CASES = {
     "layers computed again": Case(module={"activation_checkpointing": "full"}),
     "parts of layers computed again": Case(module={"activation_checkpointing": "selective"}),
     "gathered ahead": Case(strategy={"prefetch": 2}),
+    "reduced once a step": Case(model="tied", data={"micro_batch_size": 1}, strategy={"reduce": "step"}),
+    "reduced once a step, LoRA": Case(GEM(), data={"micro_batch_size": 1}, strategy={"reduce": "step"}, module=ADAPTER),
     "clipped by value": Case(trainer={"gradient_clip_algorithm": "value", "gradient_clip_val": 1e-3}),
     "looked at": Case(trainer={"callbacks": TokenProbabilities, "num_sanity_val_steps": 1}),
 }
-HYBRID = {"copies of shards": Case(strategy={"replicate": 2})}
+HYBRID = {
+    "copies of shards": Case(strategy={"replicate": 2}),
+    "copies of shards, reduced once a step": Case(
+        data={"micro_batch_size": 1}, strategy={"replicate": 2, "reduce": "step"}
+    ),
+}
 COMPILED = {"compiled": Case(module={"compile": True}, data={"micro_batch_size": 2, "packing": True})}
 #: In bfloat16, to the bounds of which are others.
 HALF = {
@@ -86,6 +93,9 @@ HALF = {
     ),
     "computed in bfloat16, logits too": Case(
         module={"logits": "bfloat16"}, strategy={"compute": "bfloat16"}, trainer={"max_steps": 1}
+    ),
+    "computed in bfloat16, reduced once a step": Case(
+        data={"micro_batch_size": 1}, strategy={"compute": "bfloat16", "reduce": "step"}, trainer={"max_steps": 1}
     ),
     "held in bfloat16": Case(trainer={"max_steps": 1, "precision": "bf16-true"}),
     "held in bfloat16, logits too": Case(
