@@ -67,7 +67,10 @@ def _fit(given: Sequence[str]) -> int:
 
     try:
         with NOTICE.watching():
-            return int(import_module("dft_lightning.cli").main(given))
+            NOTICE.is_importing = True
+            cli = import_module("dft_lightning.cli")
+            NOTICE.is_importing = False
+            return int(cli.main(given))
     except Preempted as leaving:
         print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
         return int(leaving.code or 0)

@@ -39,6 +39,7 @@ from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.rendezvous import meet_anew
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
@@ -243,6 +244,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
     load_plugins()
+    meet_anew()
     try:
         command_line(
             FineTuner,
@@ -257,7 +259,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)

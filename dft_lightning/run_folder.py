@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.checkpointing import skeleton
+from dft_lightning.checkpointing.place import unfinished
+from dft_lightning.checkpointing.reading import newest_whole
 from dft_lightning.errors import UserError
 from dft_lightning.resume import age, identity_by_options
 
@@ -38,40 +40,41 @@ def move_run(source: Path, target: Path) -> None:
 
 
 def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:
-    """The file to start from: for a fit the run's last checkpoint, if there is one, unless another is asked for.
+    """The checkpoint to start from: for a fit the run's last checkpoint, if there is one, unless another is asked for.
 
     Args:
-        asked: a file; "last" or "best" of the run; None.
+        asked: a checkpoint; "last" or "best" of the run; None.
 
     Raises:
-        UserError: a checkpoint that was asked for by name or path is not there.
+        UserError: a checkpoint that was asked for by name or path is not there, or none there is whole.
     """
     folder = checkpoint_folder(run_dir)
     if asked is None and subcommand != "fit":
         return None
-    if asked in (None, "last") and subcommand == "fit" and not (folder / "last.ckpt").exists():
-        if (folder / ".last.ckpt.unfinished").exists():
-            rank_zero_info(f"{folder} has no whole checkpoint, only one that was cut off in the writing: starting anew")
-        return None  # nothing there: a fresh start
     asked = asked or "last"
     path = folder / f"{asked}.ckpt" if asked in ("last", "best") else Path(str(asked))
-    if not path.exists():
-        raise UserError(f"ckpt_path {asked!r}: there is no {path}; give a file, or 'last' or 'best' of the run_dir")
-    return str(path)
+    found = newest_whole(path)
+    if found is not None:
+        return str(found)
+    if asked == "last" and subcommand == "fit":  # nothing there: a fresh start
+        if unfinished(path).exists():
+            rank_zero_info(f"{folder} has no whole checkpoint, only one that was cut off in the writing: starting anew")
+        return None
+    raise UserError(f"ckpt_path {asked!r}: there is no {path}; give a checkpoint, or 'last' or 'best' of the run_dir")
 
 
 def read_checkpoint(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], int]:
     """The options and the step of a checkpoint; says how old it is."""
+    stored = skeleton(Path(checkpoint))
     try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         options, step = dict(stored["hyper_parameters"]), int(stored["global_step"])
         identity_by_options(options)
-    except Exception as error:  # zip, pickle, file system and missing keys have no common class
+    except Exception as error:  # missing keys, and what is not a checkpoint's, have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read checkpoint {checkpoint} ({reason}): remove it, or give another ckpt_path"
         ) from error
-    cut_off = Path(checkpoint).with_name(f".{Path(checkpoint).name}.unfinished").exists()
+    cut_off = unfinished(Path(checkpoint)).exists()
     rank_zero_info(
         f"{'Going on from' if subcommand == 'fit' else 'Using'} {checkpoint}: step {step:,}, written "
         f"{age(time.time() - Path(checkpoint).stat().st_mtime)} ago"

@@ -41,6 +41,11 @@ class Notice:
         """Name of the first signal."""
         self.is_kept = False
         """Whether somebody looks at `received`, so that a signal does not end the process."""
+        self.is_importing = False
+        """Whether there are but imports so far: a signal ends the process then and there.
+
+        An exception would be lost in a library that goes on whatever becomes of an import, or leave it half there.
+        """
         self._pipe: tuple[int, int] | None = None
         os.register_at_fork(after_in_child=self._forget)
 
@@ -51,7 +56,7 @@ class Notice:
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.received, self.is_kept = None, False
+        self.received, self.is_kept, self.is_importing = None, False, False
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         for number in SIGNALS:
@@ -69,8 +74,13 @@ class Notice:
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
-        if not self.is_kept:
-            raise Preempted(f"{self.received} before any training")
+        if self.is_kept:
+            return
+        why = f"{self.received} before any training"
+        if self.is_importing:
+            os.write(2, f"dft: {why}: start the same command again\n".encode())
+            os._exit(AGAIN)
+        raise Preempted(why)
 
     def _forget(self) -> None:
         """A forked worker is none of the scheduler's business; and it would write into the parent's pipe."""

@@ -144,6 +144,19 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def maths_rows(folder: Path, count: int) -> Path:
+    """Real maths rows of a moderate length where they are, else practice problems."""
+    path = SHARED / "data" / "numina_schema" / "train.parquet"
+    if not path.exists():
+        from dft_lightning.data.problems import practice_problems
+
+        return write_jsonl(folder / "rows.jsonl", practice_problems(count))
+    import pyarrow.parquet as pq
+
+    rows = [row for row in pq.read_table(path).to_pylist() if len(row["problem"] + row["solution"]) < 700]
+    return write_jsonl(folder / "rows.jsonl", rows[:count])
+
+
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     """26 rows of sums."""

@@ -1,13 +1,15 @@
 """Kills training runs at random moments, starts them again, and compares the end with a run that was never stopped.
 
-    python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--ranks 2] [--ask] [--real]
+    python tests/kill_and_resume.py [--trials 50] [--seed 0] [--only WORD] [--ask] [--real]
+                                    [--ranks 2] [--strategy ddp|fsdp2] [--victims one|all]
 
 Weights, optimizer, schedule, counters and everything logged but the speed have to be the same to the bit. A third of
 the kills come at a random time from outside; the others at a random occurrence of an event: between two micro-batches,
 within the optimizer step, in a validation, while a checkpoint is half-written, before and after it gets its name.
 Every run is a process of its own, forked from this one after the imports. `--ranks 2`: one of two ranks is killed, and
-the other has to find out. `--ask`: SIGTERM or SIGUSR1 in place of SIGKILL, and all ranks have to leave with code 85.
-`--real`: SmolLM2-135M-Instruct, three kills.
+the other has to find out, or is ended after a while, as launchers do; `--victims all`: it is killed at that moment,
+too. `--ask`: SIGTERM or SIGUSR1 in place of SIGKILL, and all ranks have to leave with code 85. `--real`:
+SmolLM2-135M-Instruct, three kills.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +69,20 @@ class Median(TokenWeighting):
         return tokens.p / tokens.p.median()
 '''
 _OTHER = "throughput/"  # times and memory
+#: Seconds that a rank has to find out that another one is gone, and that a whole run has.
+PATIENCE, WHOLE = 30.0, 600.0
 
 
 class Killer:
     """Counts the events of a run, in a file; kills the process at a chosen one."""
 
-    def __init__(self, at: tuple[str, int] | None, sent: int = signal.SIGKILL) -> None:
-        self.at, self.sent, self.counts = at, sent, Counter()
+    def __init__(self, kill: "Kill | None") -> None:
+        self.kill, self.counts = kill, Counter()
 
     def __call__(self, event: str) -> None:
         self.counts[event] += 1
-        if self.at == (event, self.counts[event]):
-            os.kill(os.getpid(), self.sent)
+        if self.kill and self.kill.at == (event, self.counts[event]):
+            os.kill(os.getpid(), self.kill.sent)
 
     def around(self, owner: Any, name: str, before: str | None = None, after: str | None = None) -> None:
         """Make a call of `owner.name` such an event, or two."""
@@ -119,32 +124,56 @@ class Killer:
         TorchCheckpointIO.save_checkpoint = halfway
 
 
-def start_all(
-    arguments: list[str],
-    folder: Path,
-    ranks: int,
-    at: tuple[str, int] | None = None,
-    sent: int = signal.SIGKILL,
-    victim: int = 0,
-) -> list[int]:
-    """Fork all ranks of a run, one of which sends itself a signal; their process ids."""
-    if ranks == 1:
-        return [start(arguments, folder, at, sent)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = [*arguments, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
-    chosen = [at if rank == victim else None for rank in range(ranks)]
-    return [start(arguments, folder, one, sent, place | {"LOCAL_RANK": str(rank)}) for rank, one in enumerate(chosen)]
+@dataclass(frozen=True)
+class Kill:
+    """What ends a run: a signal to one of its ranks, or to all, at an occurrence of an event or after some seconds."""
+
+    sent: int
+    victim: int
+    at: tuple[str, int] | None = None
+    after: float = 0.0
+    to_all: bool = False
+
+    def __str__(self) -> str:
+        moment = f"{self.at[0]} ({self.at[1]})" if self.at else f"after {self.after:.1f} s"
+        return f"rank {self.victim}: {moment}"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes a run has, and what shares its work out."""
+
+    count: int = 1
+    strategy: str = "ddp"
+
+    def start(self, arguments: list[str], folder: Path, kill: Kill | None = None) -> list[int]:
+        """Fork them all, one of which may send itself a signal; their process ids."""
+        if self.count == 1:
+            return [start(arguments, folder, kill)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        place = {"WORLD_SIZE": str(self.count), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = [*arguments, "--trainer.devices", str(self.count), "--trainer.strategy", self.strategy]
+        ranks = range(self.count)
+        return [
+            start(arguments, folder, kill if kill and kill.victim == rank else None, place | {"LOCAL_RANK": str(rank)})
+            for rank in ranks
+        ]
+
+    def killed(self, arguments: list[str], folder: Path, kill: Kill) -> list[int]:
+        """Exit codes of a run that is killed."""
+        children = self.start(arguments, folder, kill)
+        if kill.at is None:
+            time.sleep(kill.after)
+            for rank, child in enumerate(children):
+                if kill.to_all or rank == kill.victim:
+                    os.kill(child, kill.sent)
+        return ended(children, 0.0 if kill.to_all and kill.sent == signal.SIGKILL else PATIENCE)
 
 
 def start(
-    arguments: list[str],
-    folder: Path,
-    at: tuple[str, int] | None = None,
-    sent: int = signal.SIGKILL,
-    environment: dict[str, str] | None = None,
+    arguments: list[str], folder: Path, kill: Kill | None = None, environment: dict[str, str] | None = None
 ) -> int:
     """Fork a process of a run; its id."""
     child = os.fork()
@@ -161,18 +190,35 @@ def start(
     try:
         from dft_lightning.cli import main
 
-        killer = Killer(at, sent)
+        killer = Killer(kill)
         killer.install()
         sys.path.insert(0, str(folder))
         code = main(["fit", *arguments])
-        (folder / "events.json").write_text(json.dumps(killer.counts))
+        (folder / f"events-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(killer.counts))
     finally:
         os._exit(code)
 
 
-def ended(child: int) -> int:
-    """Exit code; negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended(children: list[int], patience: float | None = None) -> list[int]:
+    """Exit codes of processes, negative for signals.
+
+    Args:
+        patience: seconds that the others have once one has failed; what is left then is killed.
+    """
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + WHOLE
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child] and patience is not None:
+                    deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() >= deadline:
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[child] for child in children]
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -218,15 +264,15 @@ def difference(ours: Any, truth: Any, name: str = "") -> str | None:
 class Case:
     """One configuration, its run without interruption, and trials of it."""
 
-    def __init__(self, name: str, options: str, folder: Path, ranks: int = 1, ask: bool = False) -> None:
-        self.name, self.options, self.folder, self.ranks, self.ask = name, options, folder, ranks, ask
+    def __init__(self, name: str, options: str, folder: Path, ranks: Ranks = Ranks()) -> None:
+        self.name, self.options, self.folder, self.ranks = name, options, folder, ranks
         began = time.monotonic()
         whole = self.prepare("whole")
-        codes = [ended(child) for child in start_all(self.arguments(whole), whole, ranks)]
+        codes = ended(ranks.start(self.arguments(whole), whole))
         assert not any(codes), (whole / "log.txt").read_text()[-3000:]
         self.seconds = time.monotonic() - began
         self.truth = outcome(whole / "run")
-        self.events = json.loads((whole / "events.json").read_text())
+        self.events = [json.loads((whole / f"events-{rank}.json").read_text()) for rank in range(ranks.count)]
 
     def prepare(self, name: str) -> Path:
         folder = self.folder / name
@@ -237,34 +283,49 @@ class Case:
     def arguments(self, folder: Path) -> list[str]:
         return self.options.format(model=self.folder / "model", rows=self.folder / "rows.jsonl", run="run").split()
 
-    def trial(self, name: str, rng: random.Random, kills: int) -> tuple[list[str], str | None]:
+    def kill(self, rng: random.Random, ask: bool, to_all: bool) -> Kill:
+        """One at random."""
+        sent = rng.choice([signal.SIGTERM, signal.SIGUSR1]) if ask else signal.SIGKILL
+        victim = rng.randrange(self.ranks.count)
+        if rng.random() < 1 / 3:
+            return Kill(sent, victim, after=rng.uniform(0.1, 1.0) * self.seconds, to_all=to_all)
+        event = rng.choice(sorted(self.events[victim]))
+        return Kill(sent, victim, at=(event, rng.randint(1, self.events[victim][event])), to_all=to_all)
+
+    def trial(self, name: str, rng: random.Random, how: dict[str, bool]) -> tuple[list[str], str | None]:
         """The moments of the kills, and where the end differs, if it does."""
         folder, moments = self.prepare(name), []
         arguments = [*self.arguments(folder), "--ckpt_path", "last"]
-        for _ in range(kills):
-            sent = rng.choice([signal.SIGTERM, signal.SIGUSR1]) if self.ask else signal.SIGKILL
-            victim = rng.randrange(self.ranks)
-            if rng.random() < 1 / 3:
-                after = rng.uniform(0.1, 1.0) * self.seconds
-                children = start_all(arguments, folder, self.ranks)
-                time.sleep(after)
-                os.kill(children[victim], sent)
-                moments.append(f"after {after:.1f} s")
-            else:
-                event = rng.choice(sorted(self.events))
-                at = (event, rng.randint(1, self.events[event]))
-                children = start_all(arguments, folder, self.ranks, at, sent, victim)
-                moments.append(f"{event} ({at[1]})")
-            codes = [ended(child) for child in children]
+        for _ in range(rng.choice([1, 1, 2])):
+            kill = self.kill(rng, **how)
+            codes = self.ranks.killed(arguments, folder, kill)
             if not any(codes):
-                return self.trial(f"{name}-again", rng, kills)  # it came too late to matter
-            if self.ask and set(codes) != {AGAIN} and not moments[-1].startswith("after"):
-                return moments, f"left with {codes}, asked by {sent.name}: {(folder / 'log.txt').read_text()[-1500:]}"
-        codes = [ended(child) for child in start_all(arguments, folder, self.ranks)]
+                return self.trial(f"{name}-again", rng, how)  # it came too late to matter
+            others = [code for rank, code in enumerate(codes) if rank != kill.victim]
+            moments.append(f"{kill}{', the others had to be ended' * (not kill.to_all and -signal.SIGKILL in others)}")
+            if how["ask"] and set(codes) != {AGAIN} and kill.at:
+                return moments, f"left with {codes}, asked by {kill.sent}: {(folder / 'log.txt').read_text()[-1500:]}"
+        codes = ended(self.ranks.start(arguments, folder))
         if any(codes):
             return moments, f"left with {codes}: {(folder / 'log.txt').read_text()[-1500:]}"
         ours = outcome(folder / "run")
         return moments, difference(ours[0], self.truth[0]) or difference(ours[1], self.truth[1], "logged")
+
+
+def cases_of(folder: Path, only: str, ranks: Ranks) -> list[Case]:
+    """Those whose name has a word in it, each in a folder of its own."""
+    tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "rows.jsonl", sums(26))
+    cases = []
+    for number, (name, more) in enumerate(CASES.items()):
+        if only in name:
+            own = folder / f"case-{number}"
+            own.mkdir()
+            for shared in ("model", "rows.jsonl"):
+                (own / shared).symlink_to(folder / shared)
+            cases.append(Case(name, f"{BASE} {more}", own, ranks))
+    return cases
 
 
 def main() -> int:
@@ -273,12 +334,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--victims", choices=["one", "all"], default="one")
     parser.add_argument("--ask", action="store_true")
     parser.add_argument("--real", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(torch.get_num_threads() if options.real else 1)
     rng, failed = random.Random(options.seed), 0
+    ranks, how = Ranks(options.ranks, options.strategy), {"ask": options.ask, "to_all": options.victims == "all"}
     import peft  # noqa: F401 - here, so that no run has to
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -290,20 +354,10 @@ def main() -> int:
             os.environ["DFT_CACHE_REAL"] = os.environ.get("DFT_CACHE", str(Path.home() / ".cache" / "dft-lightning"))
             cases, options.trials = [Case("SmolLM2, packed, bf16-true", REAL, folder)], 3
         else:
-            tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
-            tiny_tokenizer().save_pretrained(folder / "model")
-            write_jsonl(folder / "rows.jsonl", sums(26))
-            cases = []
-            for number, (name, more) in enumerate(CASES.items()):
-                if options.only in name:
-                    own = folder / f"case-{number}"
-                    own.mkdir()
-                    for shared in ("model", "rows.jsonl"):
-                        (own / shared).symlink_to(folder / shared)
-                    cases.append(Case(name, f"{BASE} {more}", own, options.ranks, options.ask))
+            cases = cases_of(folder, options.only, ranks)
         for number in range(options.trials):
             case = cases[number % len(cases)]
-            moments, wrong = case.trial(f"trial-{number}", rng, kills=rng.choice([1, 1, 2]))
+            moments, wrong = case.trial(f"trial-{number}", rng, how)
             failed += wrong is not None
             print(f"{number + 1:>3} | {case.name:<28} | {', then '.join(moments):<70} | {wrong or 'same'}", flush=True)
     print(f"{options.trials - failed} of {options.trials} runs ended as the undisturbed one, to the bit")

@@ -16,38 +16,41 @@ OPTIONS = """fit --trainer.accelerator cpu --model.model_name model --data Numin
     --checkpoints.every_n_steps 1 --export.enabled false --trainer.val_check_interval 1.0 --model.optimizer.lr 0.01
     --token_probabilities.every_n_steps 0 --trainer.enable_progress_bar false --model.weighting DFT"""
 DDP = "--trainer.devices 2 --trainer.strategy ddp"
+FSDP2 = "--trainer.devices 2 --trainer.strategy fsdp2"
 DFT = [sys.executable, "-m", "dft_lightning"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+#: Seconds that a run may take to leave, and to end: an idle core or two take a tenth of it.
+SOON, LONG = 180, 900
 
 
 class Runs:
     """Runs of one configuration in a folder of their own."""
 
+    options = OPTIONS
+
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.cache = folder, folder / "c"
         tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
         tiny_tokenizer().save_pretrained(folder / "model")
         write_jsonl(folder / "rows.jsonl", sums(26))
 
     def start(self, run: str, more: str = "", launcher: list[str] = DFT) -> subprocess.Popen:
-        options = [*OPTIONS.split(), "--run_dir", run, *more.split()]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DFT_CACHE": str(self.folder / "c"),
-        }
+        options = [*self.options.split(), "--run_dir", run, *more.split()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DFT_CACHE": str(self.cache)}
         with open(self.folder / f"{run}.log", "a") as log:
             return subprocess.Popen(
                 [*launcher, *options], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
     def whole(self, run: str, more: str = "", launcher: list[str] = DFT) -> None:
-        assert self.start(run, more, launcher).wait(300) == 0, self.log(run)
+        assert self.start(run, more, launcher).wait(LONG) == 0, self.log(run)
 
     def until_saved(self, run: str, process: subprocess.Popen) -> None:
         """Wait until this process has written a checkpoint."""
         began = time.time()
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + LONG
         path = self.folder / run / "checkpoints" / "last.ckpt"
         while not path.exists() or path.stat().st_mtime < began:
             assert process.poll() is None, self.log(run)

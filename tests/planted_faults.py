@@ -39,6 +39,8 @@ SHARDING, DEALT = "tests/sharding/test_", "tests/planning/test_dealt.py"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
 PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
+WRITTEN = "tests/checkpointing/test_run_checkpoints.py::"
+MADE_UP, RENDEZVOUS = f"{PREEMPTION}test_a_validation_that_is_due_is_made_up_for", "tests/test_rendezvous.py"
 LEFT = f"{PREEMPTION}test_the_step_is_finished_and_saved_and_the_rest_is_as_undisturbed"
 
 SCALE = "trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))"
@@ -365,8 +367,19 @@ FAULTS = [
     fault(21, "asked to leave, it does not save", "callbacks/checkpoints.py", "or last or self._leaving", "or last", LEFT),
     fault(21, "asked to leave after the last step, it asks to be started again", "callbacks/checkpoints.py",
           "LEAVE in wished and step < module.total_steps", "LEAVE in wished", f"{PREEMPTION}test_after_the_last_step_the_run_just_ends"),
-    fault(21, "a validation that is due is left out", "callbacks/checkpoints.py", "if self._now and not _validates_now(trainer):",
-          "if self._now and (self._leaving or not _validates_now(trainer)):", f"{PREEMPTION}test_a_validation_that_is_due_comes_first"),
+    fault(21, "a validation that is due is left out", "callbacks/checkpoints.py", "        if not self._owes_validation:\n", "        if True:\n", MADE_UP),
+    fault(21, "asked to leave, it validates first", "callbacks/checkpoints.py", "= self._leaving and within and", "= False and within and", MADE_UP),
+    fault(21, "a validation that was made up for is counted twice", "callbacks/checkpoints.py", "    steps._batches_that_stepped -= 1\n", "", MADE_UP),
+    fault(21, "each micro-batch waits for a signal", "callbacks/preemption.py",
+          "    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]\n", "",
+          f"{SHARDING}waits.py::test_lightnings_way_would_be_seen"),
+    fault(21, "an import swallows a signal", "signals.py", "        if self.is_importing:\n", "        if False:\n",
+          "tests/test_signals.py::test_while_libraries_are_imported_it_needs_no_exception_to_come_through"),
+    fault(21, "a restarted rank takes an invitation to another", "rendezvous.py", 'if invitation["words"][rank] != word:', "if False:", RENDEZVOUS),
+    fault(21, "restarted ranks are not invited again", "rendezvous.py", "if here != invited:", "if not invited:", RENDEZVOUS),
+    fault(21, "restarted ranks share what earlier ones wrote", "cli.py", "    meet_anew()\n", "", RENDEZVOUS),
+    fault(0, "an export is for its owner alone", "exporting/folder.py", '    _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")\n', "",
+          f"{EXPORTED}TestFolder::test_may_be_read_by_whom_the_umask_allows"),
     fault(21, "Lightning handles signals, too", "callbacks/preemption.py", "        _without_lightnings(trainer)\n", "",
           f"{PREEMPTION}test_lightnings_own_handling_is_off_and_the_handlers_come_back"),
     fault(21, "data workers die of a signal to the job", "data/datamodule.py", "only_from_the_parent if workers else None", "None",
@@ -382,6 +395,18 @@ FAULTS = [
     fault(20, "an export has the model's chat template, not the run's", "exporting/stored.py", 'load_tokenizer(source, options["chat_template"])',
           "load_tokenizer(source)", f"{EXPORTED}TestLogits::test_with_the_chat_template_of_the_run"),
     fault(21, "an export reads the optimizer", "exporting/stored.py", "mmap=True)", "mmap=False)", f"{EXPORTED}TestFolder::test_does_not_read_the_optimizer"),
+    fault(21, "the checkpoint before goes first", "checkpointing/place.py", "        os.replace(path, before(path))", "        remove(path)", f"{WRITTEN}TestKilledWhileItWasPutInPlace"),
+    fault(21, "a checkpoint is written in its place", "checkpointing/io.py", "    torch.save(checkpoint, place.begin(final))\n    place.finish(final)", "    torch.save(checkpoint, final)",
+          f"{WRITTEN}TestWriting::test_what_is_read_is_what_was_written"),
+    fault(21, "what is written meanwhile is trained on", "checkpointing/io.py", "_write_file, copied(checkpoint), final", "_write_file, checkpoint, final",
+          f"{WRITTEN}TestWriting::test_what_is_written_meanwhile_is_the_state_it_had"),
+    fault(21, "an error meanwhile is let pass", "checkpointing/io.py", "            future.result()\n", "            pass\n", f"{WRITTEN}TestWriting::test_an_error_meanwhile_is_raised_where_the_next_begins"),
+    fault(21, "a part that is cut off passes for whole", "checkpointing/folder.py", "if there < size:", "if there < 0:", f"{WRITTEN}TestReading::test_a_damaged_folder_is_not_read"),
+    fault(21, "the one before goes before the new one is found whole", "checkpointing/io.py", "    skeleton(place.unfinished(final))\n", "",
+          f"{WRITTEN}TestWriting::test_the_one_before_stays_until_the_folder_is_found_whole"),
+    fault(0, "an index runs code", "checkpointing/folder.py", "_Unpickler(file)", "pickle.Unpickler(file)", f"{WRITTEN}TestReading::test_an_index_that_would_run_code_is_refused"),
+    fault(21, "a folder's optimizer is a new one", "sharding/restoring.py", "        folder.fill(path, folder.tensors_of({", "        (lambda *_: None)(path, folder.tensors_of({", f"{SHARDING}folders.py::test_on_as_many_ranks_a_run_goes_on_to_the_bit"),
+    fault(21, "a folder's weights stay those of the start", "sharding/restoring.py", "    folder.fill(path, {name: own", "    (lambda *_: None)(path, {name: own", f"{SHARDING}folders.py::test_on_as_many_ranks_a_run_goes_on_to_the_bit"),
     fault(12, "DoRA begins beside its model", "adapters.py", "    begin_at_the_model(adapted)\n", "",
           "tests/test_adapters.py::test_an_adapter_begins_as_its_model_to_the_bit"),
     fault(22, "DoRA begins where another device stood", "adapters.py", "    if initial:\n", "    if False:\n",

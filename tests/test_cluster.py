@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import OPTIONS, ROOT, Runs
+from launching import FSDP2, LONG, OPTIONS, ROOT, SOON, Runs
 
 from dft_lightning.signals import AGAIN
 
@@ -48,6 +48,12 @@ class TestSlurm:
             "--trainer.devices 8 --config a.yaml"
         )
 
+    def test_shards_where_that_is_asked_for_and_what_comes_later_wins(self, commands):
+        calls = commands(srun=0, scontrol=0)
+        assert run("slurm.sh", "--trainer.strategy.replicate", "2", **SLURM, STRATEGY="FSDP2Strategy") == 0
+        said = calls.read_text()
+        assert said.index("--trainer.strategy FSDP2Strategy") < said.index("--trainer.strategy.replicate 2")
+
     def test_tasks_of_an_array_have_folders_seeds_and_requeueing_of_their_own(self, commands):
         calls = commands(srun=AGAIN, scontrol=0)
         assert run("slurm.sh", **SLURM, SLURM_ARRAY_JOB_ID=70120, SLURM_ARRAY_TASK_ID=3) == AGAIN
@@ -79,22 +85,25 @@ def test_a_single_node_and_a_container_hand_everything_on(commands):
     calls = commands(dft=AGAIN, docker=AGAIN)
     assert run("single_node.sh", "--run_dir", "a b", GPUS=4) == AGAIN
     assert run("container.sh", "--run_dir", "runs/x") == AGAIN
-    first, second = calls.read_text().splitlines()
+    assert run("single_node.sh", STRATEGY="fsdp2") == AGAIN
+    first, second, sharded = calls.read_text().splitlines()
     assert first == "dft fit --trainer.strategy ddp --trainer.devices 4 --run_dir a b"
+    assert sharded == "dft fit --trainer.strategy fsdp2 --trainer.devices auto"
     assert second.endswith(" dft-lightning fit --trainer.strategy ddp --run_dir runs/x")
     assert "--stop-timeout 300" in second
 
 
 @pytest.mark.slow
 def test_two_nodes_by_torchrun_that_are_asked_to_leave_go_on_to_the_same_end(tmp_path):
-    """One process each; what they come to is compared with two processes of one node."""
+    """One process each, and the model shared; what they come to is compared with two processes of one node."""
     runs = Runs(tmp_path)
-    runs.whole("whole", "--trainer.devices 2 --trainer.strategy ddp")
+    runs.whole("whole", FSDP2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         head = f"127.0.0.1:{free.getsockname()[1]}"
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment = os.environ | path | {"NODES": "2", "GPUS": "1", "HEAD": head, "DFT_CACHE": str(tmp_path / "c")}
+    given = {"NODES": "2", "GPUS": "1", "HEAD": head, "STRATEGY": "fsdp2", "DFT_CACHE": str(tmp_path / "c")}
+    environment = os.environ | path | given
     options = [*OPTIONS.split()[1:], "--run_dir", "nodes"]
 
     def both() -> list[subprocess.Popen]:
@@ -107,7 +116,7 @@ def test_two_nodes_by_torchrun_that_are_asked_to_leave_go_on_to_the_same_end(tmp
     time.sleep(1.0)
     for node in nodes:
         node.terminate()
-    assert [node.wait(120) for node in nodes] == [AGAIN, AGAIN], runs.log("nodes")
+    assert [node.wait(SOON) for node in nodes] == [AGAIN, AGAIN], runs.log("nodes")
     assert "which is saved" in runs.log("nodes")
-    assert [node.wait(300) for node in both()] == [0, 0], runs.log("nodes")
+    assert [node.wait(LONG) for node in both()] == [0, 0], runs.log("nodes")
     runs.assert_same("nodes", "whole")

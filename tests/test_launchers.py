@@ -6,73 +6,94 @@ import signal
 import time
 
 import pytest
-from launching import DDP, TORCHRUN, Runs, children_of
+from launching import DDP, FSDP2, LONG, SOON, TORCHRUN, Runs, children_of
 
 from dft_lightning.signals import AGAIN
 
 pytestmark = pytest.mark.slow
+#: Options of the three kinds of run: one process with data workers, two that have all of the model, two that share it.
+KINDS = {"one": "--data.num_workers 2", "ddp": DDP, "fsdp2": FSDP2}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Among them an undisturbed one on two ranks, and one on one with data workers."""
     found = Runs(tmp_path_factory.mktemp("runs"))
-    found.whole("whole-1", "--data.num_workers 2")
-    found.whole("whole-2", DDP)
+    whole = {}
+
+    def truth(kind):
+        """The name of an undisturbed run."""
+        if kind not in whole:
+            found.whole(f"whole-{kind}", KINDS[kind])
+            whole[kind] = f"whole-{kind}"
+        return whole[kind]
+
+    found.truth = truth
     return found
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["to all processes", "to the first"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_asked_to_leave_it_saves_and_goes_on_to_the_same_end(runs, ranks, to_all):
+def at_work(runs, name, kind, launcher=None):
+    """A run that has written a checkpoint, and goes on."""
+    process = runs.start(name, KINDS[kind], *([launcher] if launcher else []))
+    runs.until_saved(name, process)
+    time.sleep(1.0)
+    return process
+
+
+@pytest.mark.parametrize(("kind", "to_all"), [("one", True), ("ddp", False), ("fsdp2", True)])
+def test_asked_to_leave_it_saves_and_goes_on_to_the_same_end(runs, kind, to_all):
     """As SLURM signals a job: all processes of it, data workers included; or as `docker stop` does: the first one."""
-    more = DDP if ranks == 2 else "--data.num_workers 2"
-    name, rounds = f"asked-{ranks}-{to_all}", 2 if to_all else 1
-    for _ in range(rounds):
-        process = runs.start(name, more)
-        runs.until_saved(name, process)
-        time.sleep(1.0)
-        if to_all:
-            os.killpg(process.pid, signal.SIGTERM)
-        else:
-            process.send_signal(signal.SIGUSR1)
-        assert process.wait(120) == AGAIN, runs.log(name)
-    assert runs.log(name).count("which is saved. Start the same command again; the exit code is 85") == rounds
+    name = f"asked-{kind}-{to_all}"
+    process = at_work(runs, name, kind)
+    if to_all:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGUSR1)
+    assert process.wait(SOON) == AGAIN, runs.log(name)
+    assert runs.log(name).count("which is saved. Start the same command again; the exit code is 85") == 1
     assert "Traceback" not in runs.log(name)
-    runs.whole(name, more)
-    runs.assert_same(name, f"whole-{ranks}")
+    runs.whole(name, KINDS[kind])
+    runs.assert_same(name, runs.truth(kind))
 
 
 def test_a_run_that_is_asked_while_it_starts_leaves_with_85_too(runs):
     process = runs.start("early")
     time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == AGAIN
+    assert process.wait(SOON) == AGAIN
     assert "before any training: start the same command again" in runs.log("early")
     assert not (runs.folder / "early" / "checkpoints" / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_restarts_after_a_killed_rank_and_ends_the_same(runs, victim):
-    name = f"restarted-{victim}"
-    launcher = [*TORCHRUN, "--max-restarts", "2", "-m", "dft_lightning"]
-    process = runs.start(name, DDP, launcher)
-    runs.until_saved(name, process)
-    time.sleep(1.0)
-    os.kill(children_of(process.pid)[victim], signal.SIGKILL)
-    assert process.wait(300) == 0, runs.log(name)
-    assert re.search(r"Going on from .*last.ckpt: step \d", runs.log(name))
-    runs.assert_same(name, "whole-2")
+def until_others(process, ranks):
+    """Wait until torchrun has started two ranks in place of these."""
+    deadline = time.monotonic() + SOON
+    while len(others := children_of(process.pid)) < 2 or set(others) & set(ranks):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("kind", "victim"), [("ddp", 0), ("fsdp2", 1)])
+def test_torchrun_restarts_after_a_killed_rank_and_ends_the_same(runs, kind, victim):
+    """Twice in one run of torchrun, which keeps over all its restarts what ranks have told each other."""
+    name = f"restarted-{kind}"
+    process = at_work(runs, name, kind, [*TORCHRUN, "--max-restarts", "2", "-m", "dft_lightning"])
+    for _ in range(2):
+        ranks = children_of(process.pid)
+        os.kill(ranks[victim], signal.SIGKILL)
+        until_others(process, ranks)
+        runs.until_saved(name, process)
+    assert process.wait(LONG) == 0, runs.log(name)
+    assert len(re.findall(r"Going on from .*last.ckpt: step \d", runs.log(name))) == 2
+    runs.assert_same(name, runs.truth(kind))
 
 
 def test_torchrun_that_is_terminated_has_its_ranks_save(runs):
     """torchrun itself leaves with 1, whatever its ranks say: see configs/cluster/torchrun.sh."""
     launcher = [*TORCHRUN, "-m", "dft_lightning"]
-    process = runs.start("terminated", DDP, launcher)
-    runs.until_saved("terminated", process)
-    time.sleep(1.0)
+    process = at_work(runs, "terminated", "ddp", launcher)
     process.terminate()
-    assert process.wait(120) != 0
+    assert process.wait(SOON) != 0
     assert "which is saved" in runs.log("terminated")
     runs.whole("terminated", DDP, launcher)
-    runs.assert_same("terminated", "whole-2")
+    runs.assert_same("terminated", runs.truth("ddp"))

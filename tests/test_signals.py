@@ -15,11 +15,11 @@ WATCH = "import os, signal, time, hashlib\nfrom dft_lightning.signals import NOT
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 
-def started(body: str) -> subprocess.Popen:
+def started(body: str, **more: int) -> subprocess.Popen:
     """A process that says when it is ready."""
     lines = "\n    ".join(body.splitlines())
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{WATCH}with NOTICE.watching():\n    {lines}"], stdout=-1, text=True
+        [sys.executable, "-c", f"{WATCH}with NOTICE.watching():\n    {lines}"], stdout=-1, text=True, **more
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -30,6 +30,15 @@ def test_a_signal_that_nobody_looks_at_ends_the_process_with_85(number):
     process = started("print('ready', flush=True)\ntime.sleep(60)")
     process.send_signal(number)
     assert process.wait(30) == AGAIN == 85
+
+
+def test_while_libraries_are_imported_it_needs_no_exception_to_come_through():
+    """Some go on whatever becomes of an import of theirs."""
+    swallow = "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass"
+    process = started(f"NOTICE.is_importing = True\nprint('ready', flush=True)\n{swallow}", stderr=subprocess.PIPE)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[1] == "dft: SIGTERM before any training: start the same command again\n"
+    assert process.returncode == AGAIN
 
 
 def test_one_that_is_kept_is_named_and_ends_nothing():

@@ -13,9 +13,11 @@
 #
 #   sbatch configs/cluster/slurm.sh --config configs/base.yaml --config configs/dft.yaml --config configs/models/….yaml
 #   sbatch --array=0-4 configs/cluster/slurm.sh …     each task of the array has a run folder and a seed of its own
+#   STRATEGY=fsdp2 sbatch …              weights, gradients and optimizer states dealt over all ranks, not whole on each
+#   STRATEGY=FSDP2Strategy sbatch … --trainer.strategy.replicate NODES       dealt over the ranks of each node
 #
 # Five minutes before the time limit SLURM sends SIGUSR1 to the tasks, and SIGTERM where it pre-empts the job: the
-# partition's GraceTime has to cover a step, a validation and a checkpoint. The ranks finish their step together, save
+# partition's GraceTime has to cover a step and a checkpoint. The ranks finish their step together, save
 # and leave with 85. This script then has the job requeued, and the same command goes on. Any other code ends the job.
 set -uo pipefail
 trap : TERM USR1 # this shell outlives a signal to the whole job, and decides when srun is back
@@ -31,7 +33,7 @@ echo "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on ${SLURM_J
 
 # A rank that dies takes the others along after a minute; ranks that leave together are given that minute, too.
 srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    dft fit --run_dir "$run" --seed_everything "$seed" --trainer.strategy ddp \
+    dft fit --run_dir "$run" --seed_everything "$seed" --trainer.strategy "${STRATEGY:-ddp}" \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" "$@"
 code=$?
 echo "srun left with $code"

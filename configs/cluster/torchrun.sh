@@ -6,6 +6,8 @@
 # NODES     how many nodes (1)
 # HEAD      host:port of one of them, where they all meet (localhost:29500)
 # GPUS      processes a node (one for each GPU)
+# STRATEGY  ddp: each rank has the whole model; fsdp2: weights, gradients and optimizer states are dealt over all ranks;
+#           FSDP2Strategy with --trainer.strategy.replicate NODES at the end of the line: over those of a node (ddp)
 # RESTARTS  a rank that dies takes the others along, and all start again from the last checkpoint, so many times (3)
 # GRACE     seconds that the ranks have for their step and a checkpoint after SIGTERM or SIGUSR1 to this script (300)
 #
@@ -18,8 +20,8 @@ asked='' launcher=''
 trap 'asked=yes; kill -TERM "$launcher"' TERM USR1
 torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:29500}" --rdzv-id "${RUN_ID:-dft}" \
-    -m dft_lightning fit --trainer.strategy ddp --trainer.num_nodes "${NODES:-1}" --trainer.devices "${GPUS:-auto}" \
-    "$@" &
+    -m dft_lightning fit --trainer.strategy "${STRATEGY:-ddp}" \
+    --trainer.num_nodes "${NODES:-1}" --trainer.devices "${GPUS:-auto}" "$@" &
 launcher=$!
 code=0
 while kill -0 "$launcher" 2>/dev/null; do

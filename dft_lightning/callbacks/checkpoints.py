@@ -1,7 +1,6 @@
 """`last.ckpt`, to continue from, and `best.ckpt`, by what the weighting truly descends."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -11,7 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dft_lightning.callbacks.preemption import LEAVE, leave
 from dft_lightning.callbacks.throughput import not_training
+from dft_lightning.checkpointing import RunCheckpoints
 from dft_lightning.errors import UserError
+from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -28,7 +29,8 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
 class Checkpoints(Checkpoint):
     """Keeps the state of the run in `last.ckpt`, and the best validated one in `best.ckpt`.
 
-    Each is written beside and renamed, so that one of that name is always whole.
+    Each is written beside and renamed, so that one of that name is always whole. A run goes on from either form with
+    any strategy, on any number of ranks.
 
     Args:
         every_n_steps: optimizer steps between two savings of the last state; the end of training is always saved.
@@ -37,6 +39,9 @@ class Checkpoints(Checkpoint):
             otherwise. The weighted loss is never a good one: −p·log p is lowest where a model has collapsed.
         mode: "min" or "max", for a monitor of your own.
         save_best: whether to keep the best at all (it costs as much disk as the last).
+        sharded: a folder to which each rank writes the part that it holds, in place of one file; for fsdp2. All ranks
+            have to see the run's folder.
+        asynchronous: only copy to the host's memory, and write while the training goes on.
     """
 
     def __init__(
@@ -46,21 +51,30 @@ class Checkpoints(Checkpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_best: bool = True,
+        sharded: bool = False,
+        asynchronous: bool = False,
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoints.every_n_steps is {every_n_steps}; expected 1 or more")
         self.every_minutes, self._saved_time = every_minutes, time.monotonic()
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
+        self._io = RunCheckpoints(sharded, asynchronous)
         self.best: float | None = None
         self._saved_at = 0
-        self._due = self._now = self._stop = self._leaving = False
+        self._due = self._now = self._stop = self._leaving = self._owes_validation = False
         self._validated_on: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
         if self.monitor is None:
             self.monitor, self.mode = cast("FineTuner", pl_module).weighting.monitor
-        self._due = self._stop = self._leaving = False
+        self._due = self._stop = self._leaving = self._owes_validation = False
+        if self._io.sharded and not isinstance(trainer.strategy, FSDP2Strategy):
+            raise UserError(
+                f"checkpoints.sharded is true, but under trainer.strategy {type(trainer.strategy).__name__} every rank "
+                "holds the whole model: set trainer.strategy fsdp2, or checkpoints.sharded false"
+            )
+        trainer.strategy.checkpoint_io = self._io
         cast("FineTuner", pl_module).step.wishes[_WISH] = self._is_late
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
@@ -88,8 +102,26 @@ class Checkpoints(Checkpoint):
         self._leaving = LEAVE in wished and step < module.total_steps  # after the last one only the export is left
         last = _stops(trainer) or step == module.total_steps
         self._now = (self._due and not skipped.in_a_row) or last or self._leaving
-        if self._now and not _validates_now(trainer):
+        within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._owes_validation = self._leaving and within and not last and _validates_now(trainer)
+        if self._now and (self._owes_validation or not _validates_now(trainer)):
             self._save(trainer, "last")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for the validation that a run that was asked to leave had no time for.
+
+        Where Lightning goes on after a step with a validation, it counts that as done: then, instead, it is done.
+        """
+        if not self._owes_validation:
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+
+        def make_up() -> None:
+            del loop.increment_progress_to_evaluation_end  # Lightning's own is there again
+            self._owes_validation = False
+            _validate(trainer)
+
+        loop.increment_progress_to_evaluation_end = make_up  # type: ignore[method-assign]
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._saved_time > 60 * self.every_minutes
@@ -126,6 +158,7 @@ class Checkpoints(Checkpoint):
         with not_training(trainer):
             self._write(trainer, name)
         if name == "last" and self._leaving:
+            self._io.wait()
             leave(trainer, f"after step {trainer.global_step:,}, which is saved")
 
     def _write(self, trainer: pl.Trainer, name: str) -> None:
@@ -134,23 +167,22 @@ class Checkpoints(Checkpoint):
             self._due = self._now = False
         for logger in trainer.loggers:  # what was logged up to here is not lost with the process
             logger.save()
-        folder = checkpoint_folder(trainer.default_root_dir)
-        unfinished = folder / f".{name}.ckpt.unfinished"
-        trainer.save_checkpoint(unfinished, weights_only=False)
-        if trainer.is_global_zero:
-            _on_disk(unfinished)
-            os.replace(unfinished, folder / f"{name}.ckpt")
-            _on_disk(folder)
+        trainer.save_checkpoint(checkpoint_folder(trainer.default_root_dir) / f"{name}.ckpt", weights_only=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What is written meanwhile is there when the run has ended, and before the model is exported."""
+        self._io.wait()
         trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and the step saved last."""
         compared = {"monitor": self.monitor, "validated_on": self._validated_on}
-        return {"best": self.best, "saved_at": self._saved_at, **compared}
+        return {"best": self.best, "saved_at": self._saved_at, "owes_validation": self._owes_validation, **compared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them, unless another monitor is chosen by now, or other rows to validate on."""
         self._saved_at = state_dict["saved_at"]
+        self._owes_validation = state_dict.get("owes_validation", False)
         if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
 
@@ -170,10 +202,13 @@ def _validates_now(trainer: pl.Trainer) -> bool:
     return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
 
 
-def _on_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _validate(trainer: pl.Trainer) -> None:
+    """Run the validation as Lightning does between two steps, the first of which it counts only afterwards."""
+    steps, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    is_first, steps.val_loop.restarting = connector._first_loop_iter, False
+    steps._batches_that_stepped -= 1
+    trainer.validating = True
+    steps.val_loop.run()
+    trainer.training = True
+    steps._batches_that_stepped += 1
+    connector._first_loop_iter = is_first

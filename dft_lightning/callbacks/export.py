@@ -81,7 +81,7 @@ def _gathered(module: "FineTuner") -> Stored | None:
     strategy = module.trainer.strategy
     if not isinstance(strategy, FSDP2Strategy):
         return None
-    weights = weights_of(strategy.lightning_module_state_dict())
+    weights = weights_of(strategy.whole_state_dict())
     return Stored(dict(module.hparams), weights, module.trainer.global_step, facts_of(module))
 
 

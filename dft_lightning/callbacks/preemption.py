@@ -19,9 +19,9 @@ LEAVE = "save the last state, and leave: a signal has come"
 class Preemption(Callback):
     """On SIGTERM or SIGUSR1 all ranks finish the optimizer step, save `last.ckpt`, and leave with exit code 85.
 
-    One rank's signal is enough: it is told to the others by the sum over ranks that each step takes anyway. Where a
-    validation follows the step, it comes first, as it does with every checkpoint. A second signal, some seconds later,
-    ends a rank at once.
+    One rank's signal is enough: it is told to the others by the sum over ranks that each step takes anyway. A
+    validation that would follow the step is made up for when the run goes on. A second signal, some seconds later, ends
+    a rank at once.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -41,5 +41,14 @@ def write_model(model: Any, tokenizer: Any, folder: Path, card: str, shard: str 
     model.save_pretrained(unfinished, max_shard_size=shard)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "README.md").write_text(card)
+    _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _all_may_read_what_the_umask_allows(folder: Path, like: Path) -> None:
+    """safetensors writes files that nobody but their owner may read."""
+    mode = like.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

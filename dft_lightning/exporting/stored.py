@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dft_lightning.checkpointing import read
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, add_lora, load_tokenizer, loading
 from dft_lightning.resume import CHECKPOINT_KEY
@@ -88,15 +89,7 @@ def read_stored(checkpoint: Path) -> Stored:
     Raises:
         UserError: there is no such file, it is damaged, or no run of ours has written it.
     """
-    if not checkpoint.exists():
-        raise UserError(f"there is no checkpoint {checkpoint}; runs write theirs to RUN_DIR/checkpoints/last.ckpt")
-    if checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is a folder; expected a checkpoint file, such as RUN_DIR/checkpoints/last.ckpt")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and file system have no common class
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot read {checkpoint}: it is damaged, or no checkpoint ({reason})") from error
+    content = read(checkpoint, weights_only=True)
     if not isinstance(content, dict) or not {CHECKPOINT_KEY, "hyper_parameters", "state_dict"} <= content.keys():
         raise UserError(f"{checkpoint} was not written by a training run of dft-lightning")
     options, weights = dict(content["hyper_parameters"]), weights_of(content["state_dict"])

@@ -14,8 +14,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
-from dft_lightning.sharding.layers import let_go
-from dft_lightning.sharding.tensors import like
 
 #: The rank that reads.
 _READER = 0
@@ -70,12 +68,3 @@ def _send_buffers(network: nn.Module, read: nn.Module | None) -> None:
         if read is not None:
             buffer.copy_(known[name])
         dist.broadcast(buffer, _READER)
-
-
-@torch.no_grad()
-def take_over(network: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    """Load a whole state, alike on all ranks, into a network with sharded parts."""
-    let_go(network)
-    own = network.state_dict()
-    dealt = {name: like(own[name], value) if name in own else value for name, value in state.items()}
-    network.load_state_dict(dealt, strict=strict)

@@ -16,11 +16,13 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from dft_lightning.checkpointing import RunCheckpoints, skeleton
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
 from dft_lightning.sharding.layers import reduce_each_time, shard
-from dft_lightning.sharding.loading import load, take_over
-from dft_lightning.sharding.tensors import gathered, like, state_of
+from dft_lightning.sharding.loading import load
+from dft_lightning.sharding.restoring import fill_module, load_optimizer, take_over
+from dft_lightning.sharding.tensors import gathered, state_of
 
 if TYPE_CHECKING:
     from dft_lightning.scoring import WeightedModule
@@ -32,8 +34,8 @@ _PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states dealt over the ranks, a decoder layer at a time.
 
-    A checkpoint is one file, as
-    that of any other strategy: a run goes on from it with any, on any number of ranks.
+    A checkpoint is one file, as that of any other strategy, or a folder with a part of each rank
+    (`Checkpoints.sharded`): a run goes on from either with any strategy, on any number of ranks.
 
     Args:
         shard: ranks that share one copy of the weights; by default all of them, or as many as `replicate` leaves.
@@ -61,6 +63,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
         )
+        self.checkpoint_io = RunCheckpoints()
+        self._folder: Path | None = None  # that is gone on from
         self.shard, self.replicate, self.prefetch, self.once_a_step = shard, replicate, prefetch, reduce == "step"
         self.compute = torch.bfloat16 if compute == "bfloat16" else None
         for name, value in (("shard", shard), ("replicate", replicate), ("prefetch", prefetch)):
@@ -127,7 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """The network in the precision that it is held in: that of all parameters of a group has to be one."""
         return cast(WeightedLM, self.precision_plugin.convert_module(network))
 
-    # -- checkpoints: whole and in one file, restored before the strategy is set up, as by others ---------------------
+    # -- checkpoints: restored before the strategy is set up, as by others ---------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -139,46 +143,48 @@ class FSDP2Strategy(ModelParallelStrategy):
         """By `load_optimizer_state_dict`."""
         return True
 
+    @property
+    def _writes_parts(self) -> bool:
+        """Whether a checkpoint has each rank's part in place of gathered tensors."""
+        return isinstance(self.checkpoint_io, RunCheckpoints) and self.checkpoint_io.sharded
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole, on the first rank; all ranks have to ask."""
+        """This rank's part, or whole on the first rank; all ranks have to ask."""
+        assert self.lightning_module is not None
+        return state_of(self.lightning_module, None if self._writes_parts else self.is_global_zero)
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The module's state on the first rank, whatever form checkpoints have; all ranks have to ask."""
         assert self.lightning_module is not None
         return state_of(self.lightning_module, self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole, on the first rank, with parameters numbered as the optimizer has them; all ranks have to ask."""
-        found: dict[str, Any] = gathered(getattr(optimizer, "_optimizer", optimizer).state_dict(), self.is_global_zero)
-        return found
+        """Likewise, with parameters numbered as the optimizer has them."""
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return state if self._writes_parts else gathered(state, self.is_global_zero)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """By all ranks in parts, or by the first."""
+        if self._writes_parts or self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Mapped into memory, so that ranks of a node share the pages that they read."""
-        if Path(checkpoint_path).is_dir():
-            raise UserError(
-                f"{checkpoint_path} is a folder; fsdp2 reads checkpoints of one file: give such a ckpt_path"
-            )
-        found: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
-        return found
+        """A file is mapped into memory, so that ranks of a node share the pages they read; of a folder, its shapes."""
+        self._folder = Path(checkpoint_path) if Path(checkpoint_path).is_dir() else None
+        return skeleton(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each rank takes its part."""
         assert self.lightning_module is not None
-        take_over(self.lightning_module, checkpoint["state_dict"], strict)
+        if self._folder is None:
+            take_over(self.lightning_module, checkpoint["state_dict"], strict)
+        else:
+            fill_module(self.lightning_module, checkpoint["state_dict"], self._folder)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its part."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            dealt = {
-                index: {
-                    name: like(parameters[index], value) if _has_its_shape(value, parameters[index]) else value
-                    for name, value in values.items()
-                }
-                for index, values in state["state"].items()
-            }
-            optimizer.load_state_dict({"state": dealt, "param_groups": state["param_groups"]})
-
-
-def _has_its_shape(value: Any, parameter: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+            load_optimizer(optimizer, state, number, self._folder)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: weights dealt over all ranks")

@@ -56,13 +56,16 @@ def _added_up(value: Tensor, example: DTensor) -> Tensor:
     return DTensor.from_local(value, example.device_mesh, placements, run_check=False).full_tensor()
 
 
-def state_of(module: nn.Module, keep: bool) -> dict[str, Any]:
-    """The module's state, gathered; a tensor that has two names is one under both."""
+def state_of(module: nn.Module, keep: bool | None) -> dict[str, Any]:
+    """The module's state, gathered (see `gathered`); with None this rank's part, in the memory that it has.
+
+    A tensor that has two names is one under both.
+    """
     found: dict[str, Any] = {}
     known: dict[int, Any] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         if id(value) not in known:
-            known[id(value)] = gathered(value, keep)
+            known[id(value)] = value.detach() if keep is None else gathered(value, keep)
         found[name] = known[id(value)]
     return found
 

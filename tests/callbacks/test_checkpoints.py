@@ -1,6 +1,7 @@
 """`last.ckpt` and `best.ckpt` of real runs: when, by what, and always whole."""
 
 import os
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dft_lightning import FineTuner
 from dft_lightning.callbacks import Checkpoints
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.checkpointing import place as disk
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA
 from dft_lightning.weighting import DFT, Uniform
@@ -104,18 +106,38 @@ def test_last_and_best_and_no_others(model_dir, rows_file, tmp_path):
 
 
 def test_a_saving_that_fails_leaves_the_one_before(model_dir, rows_file, tmp_path, monkeypatch):
-    whole = pl.Trainer.save_checkpoint
+    whole = torch.save
 
-    def full_disk(trainer, path, *args, **options):
-        if trainer.global_step > 2:
+    def full_disk(checkpoint, path):
+        if checkpoint["global_step"] > 2:
             path.write_bytes(b"the first half")
             raise OSError("no space left on device")
-        whole(trainer, path, *args, **options)
+        whole(checkpoint, path)
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"last\.ckpt could not be written \(no space left on device\)"):
         run(model_dir, rows_file, tmp_path, Checkpoints(1))
     assert step_of(checkpoint_folder(tmp_path) / "last.ckpt") == 2
+
+
+class AtTheEnd(pl.Callback):
+    """What an export finds; Lightning has the callbacks that save come last."""
+
+    def on_fit_end(self, trainer, pl_module):
+        self.found = step_of(checkpoint_folder(trainer.default_root_dir) / "last.ckpt")
+
+
+def test_what_is_written_meanwhile_is_there_before_the_export(model_dir, rows_file, tmp_path, monkeypatch):
+    finish, end = disk.finish, AtTheEnd()
+    monkeypatch.setattr(disk, "finish", lambda path: time.sleep(0.5) or finish(path))
+    *_, trainer = run(model_dir, rows_file, tmp_path, Checkpoints(1, asynchronous=True), callbacks=[end])
+    assert end.found == trainer.global_step > 1
+
+
+@pytest.mark.parametrize("options", [{"sharded": True}, {"sharded": True, "asynchronous": True}])
+def test_folders_are_refused_where_nothing_is_dealt_out(model_dir, rows_file, tmp_path, options):
+    with pytest.raises(UserError, match=r"SingleDeviceStrategy every rank .* set trainer\.strategy fsdp2"):
+        run(model_dir, rows_file, tmp_path, Checkpoints(**options))
 
 
 class Read(pl.Callback):

@@ -184,9 +184,16 @@ class TestAgain:
         assert one["config_sha256"] != two["config_sha256"]
 
     @pytest.mark.slow
-    def test_two_ranks_are_both_known_and_one_writes(self, first, tmp_path):
-        command = [sys.executable, "-m", "dft_lightning", *first, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_two_ranks_are_both_known_one_writes_and_their_bits_are_the_same_again(self, first, strategy):
+        def dft(*options):
+            command = [sys.executable, "-m", "dft_lightning", *options]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
+
+        dft(*first, "--trainer.devices", "2", "--trainer.strategy", strategy)
+        dft("fit", "--config", "run/config.yaml", "--run_dir", "again")
+        self.same(self.state("again")["state_dict"], self.state("run")["state_dict"])
+        assert environment.differences(*starts("run"), *starts("again")) == []
         (found,) = starts("run")
         assert len(found["ranks"]) == 2
         assert len(list(Path("run/tensorboard").glob("events.*"))) == 1

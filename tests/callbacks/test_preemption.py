@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from harness import events, fit, logger
+from kill_and_resume import difference
 
 from dft_lightning.callbacks import Checkpoints, Preemption
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
@@ -57,13 +58,40 @@ def test_the_step_is_finished_and_saved_and_the_rest_is_as_undisturbed(model_dir
         assert torch.equal(ours, truth)
 
 
-def test_a_validation_that_is_due_comes_first(model_dir, rows_file, tmp_path):
-    """Else a run that goes on would leave it out."""
-    more = {"data": HALVES | {"val_size": 4}, "val_check_interval": 1, "logger": logger(tmp_path)}
+@pytest.mark.parametrize(
+    ("every", "before", "epochs"),
+    [(2, 3, 1), (2, 3, 2), (1.0, 5, 2)],
+    ids=["within", "within, two epochs", "at its end"],
+)
+def test_a_validation_that_is_due_is_made_up_for(model_dir, rows_file, tmp_path, every, before, epochs):
+    """A scheduler's grace need not cover it, but at an epoch's end; what goes on is the undisturbed run to the bit."""
+    more = {"data": HALVES | {"val_size": 4}, "val_check_interval": every, "max_epochs": epochs}
     with pytest.raises(Preempted):
-        run(model_dir, rows_file, tmp_path, Send(1), **more)
-    assert [event.step for event in events(tmp_path).Scalars("val/nll")] == [1]
-    assert step_of(tmp_path) == 1
+        run(model_dir, rows_file, tmp_path / "parts", Send(before), logger=logger(tmp_path / "parts"), **more)
+    step = (before + 1) // 2
+    assert step_of(tmp_path / "parts") == step
+    assert (step in [event.step for event in validations(tmp_path / "parts")]) is (every == 1.0)
+    last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    run(model_dir, rows_file, tmp_path / "parts", ckpt_path=last, logger=logger(tmp_path / "parts"), **more)
+    run(model_dir, rows_file, tmp_path / "whole", logger=logger(tmp_path / "whole"), **more)
+    ours, truth = ([(event.step, event.value) for event in validations(tmp_path / name)] for name in ("parts", "whole"))
+    assert ours == truth
+    assert step in dict(ours)
+    for name in ("last", "best"):
+        ours, truth = (stored(tmp_path / run, name) for run in ("parts", "whole"))
+        assert difference(ours, truth) is None
+
+
+def stored(folder, name):
+    """A checkpoint, but for when it was written, and when the one before."""
+    found = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    del found["dft_lightning"]["saved_at"], found["callbacks"]["Checkpoints"]["saved_at"]
+    return found
+
+
+def validations(folder):
+    found = events(folder)
+    return found.Scalars("val/nll") if "val/nll" in found.Tags()["scalars"] else []
 
 
 def test_after_the_last_step_the_run_just_ends(model_dir, rows_file, tmp_path):

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from launching import DDP, TORCHRUN, Runs, children_of
+from launching import DDP, FSDP2, SOON, TORCHRUN, Runs, children_of
 
 from dft_lightning.callbacks.roll_call import Place, RollCall, main_thread, verdict
 from dft_lightning.errors import UserError
@@ -63,13 +63,13 @@ class Hang(DFT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_rank_that_hangs_is_named(tmp_path, stopped):
+@pytest.mark.parametrize(("stopped", "strategy"), [(False, DDP), (True, FSDP2)])
+def test_a_rank_that_hangs_is_named(tmp_path, stopped, strategy):
     """By a weighting of its user's that does not come back, or since its process is stopped."""
     runs = Runs(tmp_path)
     (tmp_path / "hang.py").write_text(HANG)
     launcher = [*TORCHRUN, "-m", "dft_lightning"]
-    more = f"{DDP} --roll_call.minutes 0.15 --model.weighting hang.Hang --trainer.max_epochs 1000"
+    more = f"{strategy} --roll_call.minutes 0.2 --model.weighting hang.Hang --trainer.max_epochs 1000"
     process, children = runs.start("run", more, launcher), []
     try:
         runs.until_saved("run", process)
@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, stopped):
             os.kill(pid, signal.SIGSTOP)
         else:
             (tmp_path / "now").touch()
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + SOON
         while "Nothing has moved" not in runs.log("run"):
             assert time.monotonic() < deadline, runs.log("run")
             time.sleep(0.2)

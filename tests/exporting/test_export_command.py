@@ -1,6 +1,7 @@
 """`dft export`: what it writes gives the logits of training, and everything it cannot do is one line."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,16 @@ class TestFolder:
         assert back.generation_config.eos_token_id == [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
         assert ours.chat_template == tiny_tokenizer().chat_template
         assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+    def test_may_be_read_by_whom_the_umask_allows(self, run_dir, tmp_path):
+        before = os.umask(0o027)
+        try:
+            assert main(["export", last(run_dir), str(tmp_path / "out")]) == 0
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+        assert modes["model.safetensors"] == modes["config.json"] == 0o640
+        assert set(modes.values()) == {0o640}
 
     def test_has_a_card(self, run_dir, tmp_path):
         assert main(["export", last(run_dir), str(tmp_path / "out")]) == 0

@@ -173,10 +173,10 @@ def run_all(folder: Path, compiled: str = "") -> None:
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-_ADAMW = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
+ADAMW = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
 KEPT = {
-    "all weights": Case(PSFT(window=3), "tied", module=_ADAMW),
-    "LoRA": Case(module=_ADAMW | ADAPTER),
+    "all weights": Case(PSFT(window=3), "tied", module=ADAMW),
+    "LoRA": Case(module=ADAMW | ADAPTER),
 }
 
 

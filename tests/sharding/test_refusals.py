@@ -50,7 +50,7 @@ def test_sizes():
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder without"):
         FSDP2Strategy().load_checkpoint(tmp_path)
 
 

@@ -1,0 +1,152 @@
+"""Writes checkpoints of the trainer: beside and renamed, in either form, and meanwhile or at once."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from dft_lightning.checkpointing import folder, place
+from dft_lightning.checkpointing.reading import read, skeleton
+from dft_lightning.errors import UserError
+
+
+class RunCheckpoints(CheckpointIO):
+    """Lightning's way to a checkpoint on disk: it is always whole, and reading it knows both forms.
+
+    In the background, memory on the host holds a copy of what is written (of a folder, each rank's parts). One is
+    written at a time; an error in the writing of one is raised where the next would begin, or at the end.
+
+    Args:
+        sharded: a folder, to which all ranks write. They all have to call then; for a file, the first alone.
+        asynchronous: copy, and write while the training goes on.
+    """
+
+    def __init__(self, sharded: bool = False, asynchronous: bool = False) -> None:
+        self.sharded, self.asynchronous = sharded, asynchronous
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._under_way: tuple[Path, Future[Any]] | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write it, or begin to.
+
+        Raises:
+            UserError: it could not be written, or the one before it could not.
+        """
+        self.wait()
+        final = Path(path)
+        with _naming(final):
+            if self.sharded:
+                self._save_folder(checkpoint, final)
+            elif self._thread is None:
+                _write_file(checkpoint, final)
+            else:
+                self._under_way = final, self._thread.submit(_write_file, copied(checkpoint), final)
+
+    def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
+        tensors = folder.tensors_of(checkpoint)
+        if first := dist.get_rank() == 0:
+            place.begin(final).mkdir()
+            _write_synced(folder.without_tensors(checkpoint), place.unfinished(final) / folder.REST)
+        options: dict[str, Any] = {"checkpoint_id": place.unfinished(final), "process_group": self._gloo()}
+        dist.barrier()  # the folder is there
+        if self._thread is None:
+            save(tensors, **options)
+            if first:
+                _put(final)
+            return
+        written: Any = async_save(tensors, **options)
+        self._under_way = final, self._thread.submit(_once_written, written, final) if first else written
+
+    def _gloo(self) -> dist.ProcessGroup:
+        """One of its own, on the host: what ranks say meanwhile goes past what the training says."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return self._group
+
+    def wait(self) -> None:
+        """Until what is under way is written.
+
+        Raises:
+            UserError: it could not be.
+        """
+        if self._under_way is None:
+            return
+        (path, future), self._under_way = self._under_way, None
+        with _naming(path):
+            future.result()
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Whole, on the host."""
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Of either form."""
+        self.wait()
+        place.remove(Path(path))
+
+    def teardown(self) -> None:
+        """Nothing is left half written by a run that ends."""
+        self.wait()
+
+
+def copied(value: Any) -> Any:
+    """A state of which no later step of the training changes anything; its tensors are on the host."""
+    known: dict[int, Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in known:
+                known[id(value)] = value.detach().to("cpu", copy=True)
+            return known[id(value)]
+        if isinstance(value, dict):
+            return {key: walk(inner) for key, inner in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(walk(inner) for inner in value)
+        return value
+
+    return walk(value)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # file system, torch and its distributed part share no class
+        reason = " ".join(str(error).split())[-300:]
+        raise UserError(
+            f"the checkpoint {path} could not be written ({reason}): the one before it is still there. Make room "
+            "or mend the disk, and start the same command again"
+        ) from error
+
+
+def _write_file(checkpoint: dict[str, Any], final: Path) -> None:
+    torch.save(checkpoint, place.begin(final))
+    place.finish(final)
+
+
+def _once_written(written: Any, final: Path) -> None:
+    written.result()
+    _put(final)
+
+
+def _put(final: Path) -> None:
+    """The one before it goes only after this one is found whole."""
+    skeleton(place.unfinished(final))
+    place.finish(final)
+
+
+def _write_synced(content: dict[str, Any], path: Path) -> None:
+    torch.save(content, path)
+    place.on_disk(path)

@@ -1,0 +1,72 @@
+"""Reading a checkpoint of either form, and finding the latest that is whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dft_lightning.checkpointing import folder, place
+from dft_lightning.errors import UserError
+
+
+def skeleton(path: Path) -> dict[str, Any]:
+    """A checkpoint of which no tensor of the model or the optimizer is read: those of a file stay on disk until they
+    are used, those of a folder are shapes on the meta device.
+
+    Raises:
+        UserError: it is not there, not whole, or no checkpoint.
+    """
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}; runs write theirs to RUN_DIR/checkpoints/last.ckpt")
+    if path.is_dir() and not (path / folder.REST).exists():
+        raise UserError(
+            f"cannot read checkpoint {path}: it is a folder without {folder.REST}, which no checkpoint is; runs write "
+            "theirs to RUN_DIR/checkpoints/last.ckpt"
+        )
+    try:
+        if path.is_dir():
+            found = folder.read_rest(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and file system have no common class
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read checkpoint {path} ({reason}): it is damaged, or no checkpoint") from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise UserError(f"{path} is no checkpoint: it holds no state of a module")
+    return found
+
+
+def read(path: Path, weights_only: bool = False) -> dict[str, Any]:
+    """A whole checkpoint, on the host.
+
+    Args:
+        weights_only: the optimizer's state is neither read nor returned.
+    """
+    found = skeleton(path)
+    if weights_only:
+        found.pop("optimizer_states", None)
+    return folder.read_whole(path, found) if path.is_dir() else found
+
+
+def newest_whole(path: Path) -> Path | None:
+    """The checkpoint of this name; where it is missing or damaged, the one that it was about to take the place of.
+
+    Raises:
+        UserError: there are some, and none of them is whole.
+    """
+    failures = []
+    for candidate in (path, place.before(path)):
+        if not candidate.exists():
+            continue
+        try:
+            skeleton(candidate)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            rank_zero_warn(f"{failure}. Taking the one before it")
+        return candidate
+    if failures:
+        raise UserError(f"{'; '.join(failures)}: remove it, or give another ckpt_path")
+    return None
