@@ -74,7 +74,7 @@ FAULTS = [
     fault(0, "rotary frequencies are not sent", "sharding/loading.py", "    _send_buffers(network, read)", "    pass", f"{SHARDING}fsdp2.py::test_buffers_that_no_state_has_are_those_of_the_reader[2]"),
     fault(10, "what is brought along is rounded to bfloat16", "sharding/layers.py", "cast_forward_inputs=False", "cast_forward_inputs=True",
           f"{SHARDING}fsdp2.py::test_statistics_and_what_is_brought_along_stay_in_float32[2]"),
-    fault(21, "a resumed optimizer has the state of a new one", "sharding/strategy.py", "like(parameters[index], value) if", "like(parameters[index], value * 0) if",
+    fault(21, "a resumed optimizer has the state of a new one", "sharding/restoring.py", "like(parameter, value) if", "like(parameter, value * 0) if",
           f"{SHARDING}fsdp2.py::TestACheckpoint::test_on_as_many_ranks_a_run_goes_on_to_the_bit[all weights]"),
     fault(22, "the fingerprint of a rank's part", "reference.py", "full = whole(tensor.detach())", "full = part(tensor.detach())",
           f"{SHARDING}fsdp2.py::test_the_reference_has_one_fingerprint_on_any_number_of_ranks[2]", ("import whole\n", "import part\n")),

@@ -150,12 +150,18 @@ def outcome(folder: Path, case: Case, ranks: int = 1, sharded: bool = False, **m
         "weights": weights,
         "buffers": {name: value.clone() for name, value in module.network.named_buffers()},
         "statistics": {str(value.dtype) for value in module.trained_on.tensors().values() if value.is_floating_point()},
+        "rounded": {name for name, value in module.trained_on.tensors().items() if _is_rounded(value)},
         "held": held / sum(value.numel() for value in weights.values()),
         "fingerprint": fingerprint(module.network),
         "reference": module.reference_weights,
         "generation": module.network.base.generation_config.to_dict(),
         "copies": [sum(part(value).numel() for value in copy.parameters()) for copy in module._initial],
     }
+
+
+def _is_rounded(value: torch.Tensor) -> bool:
+    """Whether bfloat16 holds all of it."""
+    return value.is_floating_point() and torch.equal(value, value.bfloat16().to(value.dtype))
 
 
 def keep(folder: Path, name: str, found: Any) -> None:

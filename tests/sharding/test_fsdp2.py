@@ -117,7 +117,10 @@ def test_computed_in_bfloat16_from_float32_weights(sharded, folder):
 
 
 def test_statistics_and_what_is_brought_along_stay_in_float32(sharded):
-    assert sharded["computed in bfloat16, sequences"]["statistics"] == {"torch.float32"}
+    """Not only by their dtype: what had been rounded on its way would be so still."""
+    found = sharded["computed in bfloat16, sequences"]
+    assert found["statistics"] == {"torch.float32"}
+    assert not found["rounded"] & {"logp", "ref_logp"}
 
 
 @pytest.mark.parametrize("name", ["computed in bfloat16, logits too", "computed in bfloat16, reduced once a step"])
