@@ -6,16 +6,13 @@ Starting the same command again goes on there.
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
-from inspect import isabstract
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -39,11 +36,12 @@ from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.parser import Parser
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
-from dft_lightning.weighting.plugins import load_plugins, weightings
+from dft_lightning.weighting.plugins import load_plugins
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
 _TRAINER = {
@@ -53,45 +51,6 @@ _TRAINER = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line, and leaves with 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message without usage and traceback."""
-        text = " ".join(message.split())
-        if unknown := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', text):
-            text = class_hint(*unknown.groups()) or text
-        if text.endswith("the following arguments are required: of"):
-            text += ": name the weighting that is modified, as in --model.weighting.of DFT"
-        self.exit(2, f"dft: error: {text}\n")
-        raise AssertionError("exit returns")
-
-
-def class_hint(key: str, name: str) -> str | None:
-    """What could have been meant by a class name that is not known."""
-    installed, known = load_plugins().values(), [ChatDataModule, *_subclasses(ChatDataModule)]
-    if key != "data":
-        if key != "model.weighting" and not _holds_weightings(key):
-            return None
-        known = [*weightings()]
-    ours = [cls for cls in known if cls.__module__.startswith("dft_lightning.") or cls in installed]
-    names = sorted(cls.__name__ for cls in ours if not isabstract(cls))
-    where = key if key.startswith(("data", "model.weighting")) else f"model.weighting….{key}"
-    return f"--{where} {name!r} is none of {', '.join(names)}; write a class of your own as file.Class"
-
-
-def _holds_weightings(key: str) -> bool:
-    """Whether a key is that of a weighting within another: jsonargparse then gives its last part alone."""
-    known: list[type] = [*weightings()]
-    held = [field for cls in known if is_dataclass(cls) for field in fields(cls)]
-    return any(field.name == key.rpartition(".")[2] and "TokenWeighting" in str(field.type) for field in held)
-
-
-def _subclasses(base: type) -> list[type]:
-    found: list[type] = base.__subclasses__()
-    return found + [deeper for cls in found for deeper in _subclasses(cls)]
 
 
 class CommandLine(LightningCLI):
@@ -220,6 +179,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     _quieten()
     load_plugins()
     meet_anew()
+    Parser.given = [*(sys.argv[1:] if args is None else args)]
     try:
         command_line(
             FineTuner,

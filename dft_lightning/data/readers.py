@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dft_lightning.data.rendering import UnusableRow
+from dft_lightning.chats import UnusableRow
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 
+from dft_lightning.chats import Chat, Message, UnusableRow, checked, turns
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,20 +32,9 @@ FIXED_DATE = datetime(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REFUSED = "the chat template refuses these roles"
 NO_STOP = "no stop token after an assistant turn"
-MOST_CHARACTERS = 1 << 22  # of a text: at 10 million blanks tokenizers' regular expressions panic, past every `except`
 PROBES = ("1 + 1 = 2", "\n leading", "\n\ntwo", "trailing \n", " Ω≈ç, 你好 🙂", "12345 6789", "- {x}\n\n```\ty\n```")
 
-Message: TypeAlias = Mapping[str, str]
-Chat: TypeAlias = list[dict[str, str]]
 Parts: TypeAlias = list[tuple[str, str]]  # (role, text), the role "" for what the template writes itself
-
-
-class UnusableRow(ValueError):  # noqa: N818 - a row's verdict, counted more often than raised
-    """A row that cannot be learned from. `reason` is constant, for counting; `detail` tells about this row."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ class ChatRenderer:
         Tokenised with `add_special_tokens=False` it gives the ids of training, except where a message spells out a
         special token: training keeps that as text, which a prompt in text cannot say.
         """
-        chat = _checked(messages, self._system_prompt)
+        chat = checked(messages, self._system_prompt)
         asking = chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
         return "".join(segment.text for segment in self._segments(self._lay_out(asking, "x"))[:-1])
 
@@ -153,7 +143,7 @@ class ChatRenderer:
         return {"rendering": RENDERING_VERSION, "tokenizer": hashlib.sha256(whole.encode()).hexdigest(), **options}
 
     def _plan(self, messages: Sequence[Message]) -> list[_Segment]:
-        chat = _checked(messages, self._system_prompt)
+        chat = checked(messages, self._system_prompt)
         while chat and chat[-1]["role"] != "assistant":  # nothing to learn there
             chat.pop()
         if not chat:
@@ -249,8 +239,8 @@ class ChatRenderer:
         """Refuses a template or a tokenizer unless every cut is where it is taken to be, hard seams included."""
         try:
             self._prove_probes()
-            asked = self._apply(_checked(_turns("x")[:1], self._system_prompt), generation=True)
-            before = self.prompt(_turns("x"))
+            asked = self._apply(checked(turns("x")[:1], self._system_prompt), generation=True)
+            before = self.prompt(turns("x"))
             if not before.startswith(asked):
                 raise UnusableRow("its generation prompt is not what it writes before an answer", repr(asked[-40:]))
             self._lead = "" if before.removeprefix(asked).strip() else before.removeprefix(asked)
@@ -263,7 +253,7 @@ class ChatRenderer:
     def _prove_probes(self) -> None:
         for texts in [(text,) for text in PROBES] + [(text, text) for text in PROBES]:
             try:
-                self._prove_cuts(self._plan(_turns(*texts)))
+                self._prove_cuts(self._plan(turns(*texts)))
             except UnusableRow as unusable:  # from a template for single turns: longer rows are refused one by one
                 if len(texts) == 1 or unusable.reason not in (REFUSED, NO_STOP if self._eos else REFUSED):
                     raise
@@ -276,30 +266,6 @@ class ChatRenderer:
                 if self._decode(stop + left + right) != self._decode(whole):
                     raise UnusableRow("its pieces do not add up to the whole in tokens", repr(text.text))
                 stop = [self._ids[text.stop]]
-
-
-def _turns(*texts: str) -> Chat:
-    return [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
-
-
-def _checked(messages: Sequence[Message], system_prompt: str | None) -> Chat:
-    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-        raise UnusableRow("not a list of messages", type(messages).__name__)
-    for message in messages:
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise UnusableRow("a role other than system, user, assistant", repr(message.get("role")))
-        if not isinstance(content := message.get("content"), str):
-            raise UnusableRow("content that is not a text", type(content).__name__)
-        if any(message.get(part) for part in ("tool_calls", "reasoning_content", "reasoning", "thinking")):
-            raise UnusableRow("tool calls or reasoning outside the content")
-        if len(content) > MOST_CHARACTERS:
-            raise UnusableRow("a text longer than tokenizers stand", f"{len(content)} of {MOST_CHARACTERS} characters")
-        if content.encode(errors="replace") != content.encode(errors="ignore"):
-            raise UnusableRow("lone surrogates, which no tokenizer can encode")
-    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
-    if system_prompt is not None and all(message["role"] != "system" for message in chat):
-        chat.insert(0, {"role": "system", "content": system_prompt})
-    return chat
 
 
 def _fitted(rendered: str, literals: list[str], contents: list[tuple[str, str]]) -> Parts:

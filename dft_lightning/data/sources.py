@@ -19,8 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dft_lightning.chats import UnusableRow
 from dft_lightning.data.readers import READERS, listed, read_row, refuse_cut, write_arrow
-from dft_lightning.data.rendering import UnusableRow
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:

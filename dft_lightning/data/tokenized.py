@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dft_lightning.chats import UnusableRow
 from dft_lightning.data.readers import LINE, listed, place_in, read_row
-from dft_lightning.data.rendering import UnusableRow
 from dft_lightning.data.sources import Columns, conversation
 from dft_lightning.data.store import TOO_LONG, Report, Store, TokenizedRows
 from dft_lightning.data.weights import RowWeight, message_weights, row_weight, token_weights

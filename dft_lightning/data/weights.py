@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from dft_lightning.data.rendering import UnusableRow
+from dft_lightning.chats import UnusableRow
 
 if TYPE_CHECKING:
     from dft_lightning.data.rendering import Rendered

@@ -9,6 +9,8 @@ from dft_lightning.explain.curves import Curve
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _MARGIN = 8
+#: matplotlib's colours begin anew after so many.
+_COLOURS, _STYLES = 10, ("-", "--", ":", "-.")
 
 
 def as_text(title: str, labels: Sequence[str], values: Sequence[Tensor]) -> str:
@@ -48,9 +50,10 @@ def as_image(path: Path, title: str, points: Tensor, drawn: Sequence[Curve]) -> 
     figure.suptitle(title)
     panels = figure.subplots(1, 2)
     for panel, name in zip(panels, ("weight w", "push on the target's logit, w·(1 − p)"), strict=True):
-        for curve in drawn:
+        for number, curve in enumerate(drawn):
+            style = _STYLES[number // _COLOURS % len(_STYLES)]
             values = curve.weight if name == "weight w" else curve.push
-            panel.plot(points.tolist(), values.tolist(), label=curve.label)
+            panel.plot(points.tolist(), values.tolist(), label=curve.label, linestyle=style)
         panel.set_xlabel("p")
         panel.set_title(name)
         panel.axhline(0, color="grey", linewidth=0.5)

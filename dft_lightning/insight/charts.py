@@ -4,17 +4,23 @@ Texts that are given are escaped here.
 """
 
 from collections.abc import Mapping, Sequence
+from colorsys import hls_to_rgb
 from html import escape
 
 #: Told apart by people with any colour vision (Okabe and Ito); the first is for the tokens themselves.
 COLOURS = ("#8a8f98", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a51a3", "#7f5539")
+#: Of the circle: multiples of it are never near one another.
+_GOLDEN = 0.381966
 _WIDTH, _HEIGHT = 720, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 46
 
 
 def colour(number: int) -> str:
-    """The colour of the n-th series."""
-    return COLOURS[number % len(COLOURS)]
+    """The colour of the n-th series; after those above, others around the circle, darker and lighter in turn."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    parts = hls_to_rgb(number * _GOLDEN % 1, (0.3, 0.45, 0.6)[number % 3], 0.6)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def bars(labels: Sequence[str], shares: Sequence[float], axis: str, beside: Sequence[float] | None = None) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from dft_lightning.cli import class_hint
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
+from dft_lightning.parser import class_hint
 from dft_lightning.weighting import DFT, TokenWeighting, Uniform
 from dft_lightning.weighting.proof import prove
 from dft_lightning.weighting.spec import label

@@ -150,13 +150,14 @@ def _counts(values: Tensor, edges: tuple[float, ...]) -> list[int]:
 
 
 def _extreme(sample: Sample, where: Tensor, vocabulary: Vocabulary) -> Extreme:
+    places = torch.nonzero(where).flatten()
     target, p = sample.tokens.target[where], sample.tokens.p.double()[where]
     ids, counts = torch.unique(target, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:_SHOWN]
     tokens = [
         Frequent(
             token,
-            vocabulary.text(token),
+            sample.text_of(int(places[target == token][0]), vocabulary),
             count,
             count / len(p),
             float(p[target == token].mean()),

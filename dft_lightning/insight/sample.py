@@ -67,6 +67,13 @@ class Vocabulary:
             shown.append(text)
         return shown
 
+    def text_at(self, ids: list[int], place: int) -> str:
+        """The text of one token in a row of them; of the parts of a character but the last, with what they are of."""
+        if _CUT not in self.text(ids[place]):
+            return self.text(ids[place])
+        shown = self.texts_of(ids[: place + _LONGEST])[place:]
+        return next((_PART * (number > 0) + text for number, text in enumerate(shown) if text != _PART), _PART)
+
     def stops(self, ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
         """Which tokens of a row end a turn that is learnt, (T,): special ones at the end of a supervised stretch."""
         ends = supervised & ~np.append(supervised[1:], False)
@@ -127,6 +134,16 @@ class Sample:
             where = torch.nonzero(self.tokens.sequence == row).flatten()
             found[row] = where[torch.argsort(self.tokens.need("position")[where])]
         return found
+
+    def text_of(self, token: int, vocabulary: Vocabulary) -> str:
+        """The text of a token of the sample, as it is in its row."""
+        row = next(row for row in map(self.rows.__getitem__, range(len(self.rows))) if row["row"] == self._row(token))
+        targets = np.flatnonzero(np.asarray(row["supervised"]) & (np.arange(len(row["input_ids"])) > 0))
+        place = int(targets[int(self.tokens.need("position")[token])])
+        return vocabulary.text_at([int(each) for each in row["input_ids"]], place)
+
+    def _row(self, token: int) -> int:
+        return int(self.tokens.sequence[token])
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

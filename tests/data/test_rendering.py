@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dft_lightning.data.rendering import TEMPLATES, ChatRenderer, Rendered, UnusableRow, load_chat_template
+from dft_lightning.chats import UnusableRow
+from dft_lightning.data.rendering import TEMPLATES, ChatRenderer, Rendered, load_chat_template
 from dft_lightning.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"

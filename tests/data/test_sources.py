@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dft_lightning.chats import UnusableRow
 from dft_lightning.data.readers import place_of, read_row
-from dft_lightning.data.rendering import UnusableRow
 from dft_lightning.data.sources import Columns, conversation, load_rows
 from dft_lightning.errors import UserError
 

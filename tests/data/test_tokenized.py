@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 import pytest
 
-from dft_lightning.data.rendering import ChatRenderer, Rendered, UnusableRow
+from dft_lightning.chats import UnusableRow
+from dft_lightning.data.rendering import ChatRenderer, Rendered
 from dft_lightning.data.sources import Columns, load_rows
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.data.tokenized import tokenize

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from dft_lightning.insight.charts import bars, lines, stacks, strip
+from dft_lightning.insight.charts import bars, colour, lines, stacks, strip
 
 
 def parsed(markup):
@@ -46,3 +46,9 @@ def test_labels_are_escaped(name):
     for made in (bars([name], [1.0], name), lines([name], {name: [1.0]}, name), stacks([name], {name: [1.0]})):
         assert name in "".join(parsed(made).itertext())
         assert "<script" not in made
+
+
+def test_any_number_of_series_have_a_colour_of_their_own():
+    found = [colour(number) for number in range(40)]
+    assert len(set(found)) == 40
+    assert all(re.fullmatch(r"#[0-9a-f]{6}", one) for one in found)

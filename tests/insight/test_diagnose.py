@@ -330,3 +330,13 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path, model_dir, rows_file, 
     args = ["--output", str(tmp_path / "file" / "page.html"), "--gradient_rows", "0", "--sample_rows", "1"]
     assert main(["diagnose", *options(model_dir, rows_file), *args]) == 2
     assert "name another place by --output" in capsys.readouterr().err
+
+
+def test_extremes_show_whole_characters(tmp_path, model_dir):
+    """The tiny tokenizer cuts each letter with an accent in two."""
+    rows = [row | {"solution": "é à"} for row in sums(6)]
+    found = diagnose(tmp_path, model_dir, write_jsonl(tmp_path / "accents.jsonl", rows), "--gradient_rows", 0)
+    texts = {one["text"] for extreme in found["extremes"].values() for one in extreme["tokens"]}
+    assert texts <= {"·é", "é", "·à", " ·à", "à", " ", "·", "<|im_end|>"}
+    assert {"é", "à"} & texts
+    assert not any("\ufffd" in text for text in texts)

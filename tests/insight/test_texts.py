@@ -30,3 +30,9 @@ def test_with_a_real_tokenizer(shared):
     text = "你好，世界 😀 naïve ≤ x"
     shown = Vocabulary.of(tokenizer).texts_of(tokenizer(text)["input_ids"])
     assert "".join(part for part in shown if part != "·") == text
+
+
+def test_a_part_stands_with_what_it_is_of():
+    ids = [0, 1, 2, 3, 4]
+    assert [vocabulary().text_at(ids, place) for place in range(5)] == ["a", "·你", "·你", "你", " b"]
+    assert vocabulary().text_at([3] * 3, 1) == "·"
