@@ -32,12 +32,13 @@ test-quick: $(READY) ## the tests that need neither the real model nor other pro
 exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/exactness.py
 
-kill-and-resume: $(READY) ## kill runs at 130 random moments, and start them again: the same to the bit
+kill-and-resume: $(READY) ## kill runs at 150 random moments, and start them again: the same to the bit
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 50
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy ddp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy fsdp2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy ddp --victims all
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy fsdp2 --victims all
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_and_resume.py --trials 20 --ranks 2 --strategy fsdp2 --sharded --asynchronous
 
 end-to-end: $(READY) ## the real model on two ranks: trained, killed, gone on with, exported, asked
 	OMP_NUM_THREADS=1 $(BIN)/python tests/end_to_end.py
