@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.raiseExceptions = False  # Lightning's logger holds on to a stream that pytest has closed by then
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+settings.register_profile("any machine", deadline=None)  # a busy one is no fault of what is tested
+settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
