@@ -79,6 +79,7 @@ class Plan:
         advised: what a device needs then.
         peak: FLOP/s of a device, where known.
         unknown: why no FLOPs are known.
+        packed: whether weights beside adapters are held in 4 bits.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Plan:
     advised: Memory | None
     peak: float | None
     unknown: str
+    packed: bool
 
     @property
     def fits(self) -> bool:
@@ -157,6 +159,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         advised=advised,
         peak=place.peak(options.precision, dtype),
         unknown=unknown,
+        packed=load.packed,
     )
 
 
