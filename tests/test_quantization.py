@@ -11,9 +11,10 @@ from test_adapters import KINDS, learnt
 
 from dft_lightning import FineTuner
 from dft_lightning.adapters import LoRA, add_lora
+from dft_lightning.callbacks import RunSummary
 from dft_lightning.errors import UserError
 from dft_lightning.models import ModelSource, WeightedLM, load_model
-from dft_lightning.quantization import BLOCK, quantized_layers, read_out, weight_of
+from dft_lightning.quantization import BLOCK, numbers, quantized_layers, read_out, weight_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import initial_network
 from dft_lightning.weighting import DFT, ImportanceWeighted
@@ -99,6 +100,12 @@ class TestTraining:
             assert relative(ours, truth) < GRADIENT
         plain = fit(four_bits, rows_file, DFT(), module={"lora": KINDS[kind]}, max_steps=1)[1].gradients[0]
         assert relative(found[0][0], plain) > 1e-3
+
+    def test_the_run_says_so_and_counts_all_numbers(self, four_bits, rows_file, capsys):
+        finetuner = fit(four_bits, rows_file, module=FOUR, callbacks=[RunSummary()], max_steps=1)[0]
+        adapters = sum(p.numel() for p in finetuner.parameters() if p.requires_grad)
+        assert numbers(finetuner) == adapters + sum(p.numel() for p in tiny_model(**BIG).parameters())
+        assert "weights in float32, beside adapters in 4 bits" in " ".join(capsys.readouterr().out.split())
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])

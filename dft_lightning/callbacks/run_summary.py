@@ -11,6 +11,7 @@ from dft_lightning.attention import implementation_of
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
 from dft_lightning.precision import precision_of
+from dft_lightning.quantization import numbers
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -41,13 +42,14 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     """What this run optimises, on what, and where."""
     parameters = list(module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in parameters)
+    total = numbers(module)
+    beside = "" if module.source.quantization is None else f", beside adapters in 4 bits ({module.source.quantization})"
     device = module.device.type
     facts = {
         "objective": f"−Σ sg(w)·log π(y), w by {module.weighting!r}",
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
-        "precision": f"{precision_of(trainer)}, weights in {str(parameters[0].dtype).removeprefix('torch.')}",
+        "precision": f"{precision_of(trainer)}, weights in {str(parameters[0].dtype).removeprefix('torch.')}{beside}",
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
         + _RECOMPUTED[module.recomputation],

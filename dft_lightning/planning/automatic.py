@@ -53,7 +53,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         compared=module.reference_in_force == "copy",
         targets=targets_of(module.weighting),
         dealing=Dealing.of(trainer),
-        packed=module.source.quantization is not None,
+        four_bits=module.source.quantization is not None,
     )
 
 

@@ -50,7 +50,7 @@ class Load:
         compared: whether a frozen copy of the model is held as the reference.
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
-        packed: whether weights beside adapters are held in 4 bits.
+        four_bits: whether weights beside adapters are held in 4 bits.
     """
 
     config: Any
@@ -71,7 +71,7 @@ class Load:
     compared: bool = False
     targets: int = 0
     dealing: Dealing | None = None
-    packed: bool = False
+    four_bits: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -84,7 +84,7 @@ class Load:
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
-        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.packed))
+        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         narrow_logits=load.logits == "bfloat16",
         together=load.together,
         targets=load.targets,
-        packed=load.packed,
+        four_bits=load.four_bits,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:

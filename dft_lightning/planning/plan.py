@@ -82,6 +82,7 @@ class Plan:
         advised: what a device needs then.
         peak: FLOP/s of a device, where known.
         unknown: why no FLOPs are known.
+        four_bits: whether weights beside adapters are held in 4 bits.
         moved: bytes that come to a device in a step, where the model is dealt out.
     """
 
@@ -98,6 +99,7 @@ class Plan:
     advised: Memory | None
     peak: float | None
     unknown: str
+    four_bits: bool
     moved: float | None = None
 
     @property
@@ -134,14 +136,14 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         compared=module.reference_in_force == "copy",
         targets=targets_of(module.weighting),
         dealing=options.dealing,
-        packed=module.source.quantization is not None,
+        four_bits=module.source.quantization is not None,
     )
     refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
     if module.compile_layers:
         refuse_changing_shapes(data)
     data.fixed_shape = module.compile_layers
-    network = replace(load, packed=False).network()  # two weights in 4 bits would count as one
+    network = replace(load, four_bits=False).network()  # two weights in 4 bits would count as one
     flops, unknown = _flops(network)
     work = work_of(data, lambda: module.tokenizer, options.limits, flops)
     check_data_weights(module.weighting, data, "fit")
@@ -163,6 +165,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         advised=advised,
         peak=place.peak(options.precision, load.products),
         unknown=unknown,
+        four_bits=load.four_bits,
         moved=None if load.dealing is None else load.dealing.moved(network, work.micro_batches),
     )
 
@@ -218,15 +221,15 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
         for other in KINDS[KINDS.index(kind) :]:
             added = "" if other == kind else f" --model.activation_checkpointing {other}"
             yield f"{given}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
-    if not load.packed and load.dealing is None and not (load.lora and load.lora.dora):
+    if not load.four_bits and load.dealing is None and not (load.lora and load.lora.dora):
         adapters = "" if load.lora else "--model.lora.rank 8 "
-        four = replace(load, lora=load.lora or LoRA(), packed=True)
+        four = replace(load, lora=load.lora or LoRA(), four_bits=True)
         yield f"{full} {adapters}--model.quantization nf4", four, "full"
 
 
 def _can_be_dealt(load: Load) -> bool:
     """Whether each rank has all, and fsdp2 would not refuse the run."""
-    refused = load.precision == "16-mixed" or load.packed or (load.lora is not None and load.lora.dora)
+    refused = load.precision == "16-mixed" or load.four_bits or (load.lora is not None and load.lora.dora)
     return load.ranks > 1 and load.dealing is None and not refused
 
 

@@ -81,7 +81,7 @@ class Setting:
         narrow_logits: whether the loss holds logits in the products' precision.
         together: whether all rows of a chunk are weighed together.
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
-        packed: whether the weights beside adapters are held in 4 bits.
+        four_bits: whether the weights beside adapters are held in 4 bits.
     """
 
     dtype: torch.dtype
@@ -94,7 +94,7 @@ class Setting:
     narrow_logits: bool = False
     together: bool = False
     targets: int = 0
-    packed: bool = False
+    four_bits: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -120,7 +120,7 @@ class Footprint:
 
 
 def skeleton(
-    config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str, attention: str | None, packed: bool = False
+    config: Any, lora: LoRA | None, dtype: torch.dtype, precision: str, attention: str | None, four_bits: bool = False
 ) -> Any:
     """The model without its weights, on the meta device, in training mode.
 
@@ -135,7 +135,7 @@ def skeleton(
     vars(config).pop("quantization_config", None)  # of a model that is there already
     with torch.device("meta"):
         model = made.from_config(config, dtype=dtype, attn_implementation=named)
-        if packed:
+        if four_bits:
             refuse_dora(lora)
             pack(model, _MIXED.get(precision, dtype))
         model = (model if lora is None else add_lora(model, lora)).train()
@@ -167,7 +167,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
         plain = setting.attention == "sdpa" and not shape.packed
         attention = _TOLD if plain else setting.attention
         with unset_fake_temporarily():
-            model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.packed)
+            model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.four_bits)
         _faked(model)
         base = model if lora is None else model.get_base_model()
         recompute(base.get_decoder(), setting.recomputation)

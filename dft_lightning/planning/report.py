@@ -20,7 +20,7 @@ def facts(plan: Plan) -> dict[str, str]:
     dtype = str(plan.dtype).removeprefix("torch.")
     named = {
         "model": f"{plan.model}, {plan.trained / 1e6:,.1f} M of {plan.parameters / 1e6:,.1f} M parameters trained",
-        "precision": f"{options.precision}, weights in {dtype}",
+        "precision": f"{options.precision}, weights in {dtype}" + ", beside adapters in 4 bits" * plan.four_bits,
         "devices": f"{place.devices} × {place.name} with {place.capacity / GIB:,.1f} GiB{_dealt(options.dealing)}",
         "data": work.source,
         "largest micro-batch": _shape(plan),

@@ -35,7 +35,7 @@ def test_the_peak_is_that_of_a_real_run(tmp_path, kind, precision):
 
     Nor is the copy in float32 that peft makes of a product under autocast, of 128 numbers a position at most.
     """
-    how, shape = setting(recomputation=kind, precision=precision, packed=True), SHAPES["padded"]
+    how, shape = setting(recomputation=kind, precision=precision, four_bits=True), SHAPES["padded"]
     compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     network = WeightedLM(add_lora(quantized(tmp_path, compute=compute), LORA)).train()
     recompute(network.base.get_decoder(), kind)
@@ -54,7 +54,7 @@ def test_weights_are_as_large_as_those_that_bitsandbytes_holds(tmp_path):
     model = quantized(tmp_path)
     states = [layer.weight.quant_state for _, layer in quantized_layers(model)]
     held = nbytes(model.parameters()) + nbytes([part for s in states for part in (s.absmax, s.state2.absmax)])
-    need = memory(load(config=tiny_config(**BIG), packed=True), "none")
+    need = memory(load(config=tiny_config(**BIG), four_bits=True), "none")
     assert need.held["weights"] == held
     assert held < nbytes(p for p in model.parameters() if p.is_floating_point()) + sum(
         0.54 * layer.in_features * layer.out_features for _, layer in quantized_layers(model)
@@ -73,7 +73,7 @@ def test_four_bits_make_a_large_model_fit():
     """Of 16 bits a weight 4 + 8/64 + 32/(64·256) are left, but in embedding and head: 1.7 GB become 0.44."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32}
     how = {"config": tiny_config(**sizes), "lora": LORA, "dtype": torch.bfloat16, "precision": "bf16-true"}
-    whole, packed = (memory(load(**how, packed=which), "full") for which in (False, True))
+    whole, packed = (memory(load(**how, four_bits=which), "full") for which in (False, True))
     assert 3.8 < whole.held["weights"] / packed.held["weights"] < 3.9
     largest = 4096 * 14336 * 2  # is read out for a product, maybe not when most else is there, and let go
     assert packed.micro_batch.peak > largest
@@ -82,4 +82,4 @@ def test_four_bits_make_a_large_model_fit():
 
 def test_dora_is_not_foreseen():
     with pytest.raises(UserError, match=r"dora is true and model\.quantization"):
-        memory(load(config=tiny_config(**BIG), lora=LoRA(dora=True), packed=True), "none")
+        memory(load(config=tiny_config(**BIG), lora=LoRA(dora=True), four_bits=True), "none")
