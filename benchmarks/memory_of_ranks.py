@@ -5,7 +5,7 @@
 Ranks are processes that see each other through gloo. Counted is resident memory beyond what the process held before it
 loaded, after a run of a tiny model that has libraries and threads set up; pages of the weights' file, which the kernel
 lends, among it. malloc is told to give back at once what is let go of, so that the count is that of tensors; with
---gaps it is not. The model is a Llama of 82 million random numbers in float32, trained by AdamW for two steps of 8
+--gaps it is not. The model is a Llama of 82 million random numbers in float32, trained by AdamW for two steps of 4
 rows.
 """
 
@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ class Metered(FineTuner):
 
 
 def prepare(folder: Path) -> None:
-    """The models, a tokenizer that both share, and rows of some 500 tokens."""
+    """The models, a tokenizer that both share, and rows that are cut at 128 tokens."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from conftest import tiny_tokenizer, write_jsonl
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,7 +76,7 @@ def fit(folder: Path, model: str, strategy: str, compute: str) -> Metered:
     pl.seed_everything(0, verbose=False)
     module = Metered(str(folder / model), DFT(), chat_template="chatml")
     data = NuminaMathDataModule(
-        str(folder / "rows.jsonl"), global_batch_size=8, micro_batch_size=1, max_length=512, cache_dir=str(folder)
+        str(folder / "rows.jsonl"), global_batch_size=4, micro_batch_size=1, max_length=128, cache_dir=str(folder)
     )
     trainer = pl.Trainer(
         strategy=FSDP2Strategy(compute=compute) if strategy == "fsdp2" else strategy,
@@ -85,6 +86,7 @@ def fit(folder: Path, model: str, strategy: str, compute: str) -> Metered:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     trainer.fit(module, data)
@@ -125,7 +127,12 @@ def measured(count: int, strategy: str, compute: str, gaps: bool) -> list[dict[s
         folder = Path(made)
         prepare(folder)
         common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"MASTER_PORT": "29533", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "memory", "OMP_NUM_THREADS": "1"}
+        common |= {
+            "MASTER_PORT": str(_free_port()),
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "memory",
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, __file__, "--rank-of", made, "--strategies", strategy, "--compute", compute]
         environment = os.environ | common | ({} if gaps else _TIGHT)
         running = [
@@ -136,6 +143,12 @@ def measured(count: int, strategy: str, compute: str, gaps: bool) -> list[dict[s
         if any(codes):
             raise RuntimeError("a rank has failed; its output is above")
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def lines(count: int, strategy: str, found: list[dict[str, Any]], gaps: bool) -> Iterator[str]:

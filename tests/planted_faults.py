@@ -35,7 +35,7 @@ GRADIENT = "tests/weighting/test_published.py::test_the_gradient_is_that_of_the_
 PACKED = "tests/weighting/test_published.py::test_packed_is_the_same_as_alone"
 HAND = "tests/weighting/test_formulas.py::test_by_hand"
 EDGES = "tests/weighting/test_formulas.py"
-SHARDING = "tests/sharding/test_"
+SHARDING, DEALT = "tests/sharding/test_", "tests/planning/test_dealt.py"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
 PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
@@ -69,15 +69,26 @@ def fault(trap: int, what: str, file: str, old: str, new: str, tests: str, *more
 
 
 FAULTS = [
-    fault(16, "the norm of a rank's part", "sharding/tensors.py", "_added_up(squares, dealt[0])", "squares", f"{SHARDING}refusals.py::test_on_two_ranks"),
-    fault(16, "copies of a part count twice", "sharding/tensors.py", "else Replicate() for", 'else Partial("sum") for', f"{SHARDING}fsdp2.py::test_copies_of_shards"),
-    fault(0, "rotary frequencies are not sent", "sharding/loading.py", "    _send_buffers(network, read)", "    pass", f"{SHARDING}fsdp2.py::test_buffers_that_no_state_has_are_those_of_the_reader"),
+    fault(16, "the norm of a rank's part", "sharding/tensors.py", "_added_up(squares, dealt[0])", "squares", f"{SHARDING}refusals.py::test_on_two_ranks[of_tensors]"),
+    fault(16, "copies of a part count twice", "sharding/tensors.py", "else Replicate() for", 'else Partial("sum") for', f"{SHARDING}fsdp2.py::test_copies_of_shards[2]"),
+    fault(0, "rotary frequencies are not sent", "sharding/loading.py", "    _send_buffers(network, read)", "    pass", f"{SHARDING}fsdp2.py::test_buffers_that_no_state_has_are_those_of_the_reader[2]"),
     fault(10, "what is brought along is rounded to bfloat16", "sharding/layers.py", "cast_forward_inputs=False", "cast_forward_inputs=True",
-          f"{SHARDING}fsdp2.py::test_statistics_and_what_is_brought_along_stay_in_float32"),
-    fault(21, "a resumed optimizer has the state of a new one", "sharding/strategy.py", "like(parameters[index], value) if", "like(parameters[index], value * 0) if",
-          f"{SHARDING}fsdp2.py::TestACheckpoint"),
+          f"{SHARDING}fsdp2.py::test_statistics_and_what_is_brought_along_stay_in_float32[2]"),
+    fault(21, "a resumed optimizer has the state of a new one", "sharding/restoring.py", "like(parameter, value) if", "like(parameter, value * 0) if",
+          f"{SHARDING}fsdp2.py::TestACheckpoint::test_on_as_many_ranks_a_run_goes_on_to_the_bit[all weights]"),
     fault(22, "the fingerprint of a rank's part", "reference.py", "full = whole(tensor.detach())", "full = part(tensor.detach())",
-          f"{SHARDING}fsdp2.py::test_the_reference_has_one_fingerprint_on_any_number_of_ranks", ("import whole\n", "import part\n")),
+          f"{SHARDING}fsdp2.py::test_the_reference_has_one_fingerprint_on_any_number_of_ranks[2]", ("import whole\n", "import part\n")),
+    fault(16, "gradients that wait are never summed", "sharding/strategy.py", "            reduce_each_time(network, True)", "            pass",
+          f"{SHARDING}fsdp2.py::test_ranks_that_share_the_weights_have_the_gradient_of_one_process[2-reduced once a step]"),
+    fault(0, "a frozen copy stays gathered", "scoring.py", "        let_go(*self._initial, around=True)", "        #",
+          f"{SHARDING}fsdp2.py::test_a_frozen_copy_is_held_in_parts_between_micro_batches[2]"),
+    fault(0, "how to generate is not sent", "sharding/loading.py", "    network.base.generation_config = _sent(", "    str(", f"{SHARDING}fsdp2.py::test_how_to_generate_is_what_the_reader_read[2]"),
+    fault(22, "another precision's reference", "reference.py", "precision_of(trainer),", "str(trainer.precision),", f"{SHARDING}refusals.py::test_on_two_ranks[one_reads]"),
+    fault(0, "the peak of what is held, not computed in", "callbacks/throughput.py", "computed_in(trainer) or ", "", f"{SHARDING}refusals.py::test_on_two_ranks[one_reads]"),
+    fault(5, "an optimizer of whole weights gets parts", "refusals.py", "kinds & _OF_WHOLE_WEIGHTS", "kinds & set()", f"{SHARDING}refusals.py::test_on_two_ranks[refused]"),
+    fault(0, "gathered as it is held", "planning/dealt.py", "(self.compute or each.dtype).itemsize", "each.element_size()", f"{DEALT}::test_it_is_the_arithmetic_of_scaling"),
+    fault(0, "a copy that no rank shares", "planning/memory.py", "load.part(copied.parameters())", "nbytes(copied.parameters())", f"{DEALT}::TestMemory"),
+    fault(0, "nothing waits for the step's end", "planning/memory.py", "load.accumulates and load.dealing.once_a_step", "False", f"{DEALT}::test_gradients_that_are_summed_once_a_step_wait_whole"),
     fault(1, "mean of micro-batch means", "normalizer.py", "        return None", '        normalize = "micro_batch"', CUT_UP,
           ('{"tokens": sum(batch.counts),', '{"tokens": min(sum(batch.counts), 1),')),
     fault(2, "divided again", "step.py", SCALE, f"{SCALE}.square()", FORMULA),

@@ -24,17 +24,19 @@ class Dealing:
         shards: ranks that share one copy of the states.
         copies: of the states.
         compute: what gathered weights are rounded to; gradients are then summed in float32. None: as they are held.
+        once_a_step: whether gradients are summed over ranks once a step only.
     """
 
     shards: int
     copies: int = 1
     compute: torch.dtype | None = None
+    once_a_step: bool = False
 
     @staticmethod
     def by(strategy: FSDP2Strategy, ranks: int) -> "Dealing":
         """As this strategy deals over so many ranks."""
         copies, shards = strategy.sizes(ranks)
-        return Dealing(shards, copies, strategy.compute)
+        return Dealing(shards, copies, strategy.compute, strategy.once_a_step)
 
     @staticmethod
     def of(trainer: pl.Trainer) -> "Dealing | None":
@@ -55,15 +57,20 @@ class Dealing:
         """Bytes of all that is in no layer, gathered."""
         return self._group(groups_of(network)[-1]).weights
 
-    def moved(self, network: WeightedLM) -> float:
-        """Bytes that come to a device with a micro-batch, from all others; see `traffic`.
+    def waiting(self, network: WeightedLM) -> int:
+        """Bytes of gradients that wait, whole, for the step's last micro-batch."""
+        return sum(group.sent for group in map(self._group, groups_of(network))) if self.once_a_step else 0
+
+    def moved(self, network: WeightedLM, micro_batches: int = 1) -> float:
+        """Bytes that come to a device in a step, from all others; see `traffic`.
 
         Layers are gathered twice, all else once; gradients are summed within the group, and between the copies.
         """
         *layers, rest = map(self._group, groups_of(network))
         gathers, sent = 2 * sum(layer.weights for layer in layers) + rest.weights, sum(g.sent for g in [*layers, rest])
         between = 2 * (self.copies - 1) / self.copies * sent / self.shards
-        return (self.shards - 1) / self.shards * (gathers + sent) + between
+        own = (self.shards - 1) / self.shards
+        return micro_batches * own * gathers + (1 if self.once_a_step else micro_batches) * (own * sent + between)
 
     def _group(self, parameters: list[nn.Parameter]) -> Group:
         trained = [each for each in parameters if each.requires_grad]
@@ -100,7 +107,7 @@ def strategy_of(options: Any, precision: str) -> FSDP2Strategy | None:
     if path != "fsdp2" and path.rpartition(".")[2] != FSDP2Strategy.__name__:
         raise UserError(f"dft plan knows trainer.strategy auto, ddp and fsdp2, not {path!r}")
     given = getattr(options, "init_args", None) or {}
-    known = {name: given[name] for name in ("shard", "replicate", "compute") if name in given}
+    known = {name: given[name] for name in ("shard", "replicate", "compute", "reduce") if name in given}
     strategy = FSDP2Strategy(**known)
     strategy.refuse_precision(precision)
     return strategy

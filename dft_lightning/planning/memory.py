@@ -177,6 +177,8 @@ def _because_of_ranks(load: Load, network: WeightedLM, gradients: int) -> dict[s
         found["frozen copy of the initial model"] = load.part(copied.parameters())
     if load.dealing is not None:
         found["gathered weights and their gradients"] = load.dealing.whole(network)
+        if load.accumulates and load.dealing.once_a_step:
+            found["gradients that wait for the step's last micro-batch"] = load.dealing.waiting(network)
         if copied is not None:
             found["gathered weights of the copy"] = load.dealing.around(copied)
     elif load.ranks > 1:

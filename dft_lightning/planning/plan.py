@@ -162,7 +162,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         advised=advised,
         peak=place.peak(options.precision, load.products),
         unknown=unknown,
-        moved=None if load.dealing is None else load.dealing.moved(network) * work.micro_batches,
+        moved=None if load.dealing is None else load.dealing.moved(network, work.micro_batches),
     )
 
 

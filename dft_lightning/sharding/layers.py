@@ -50,6 +50,13 @@ def _look_ahead(layers: list[nn.Module], prefetch: int, *, backward: bool = Fals
             layer.set_modules_to_forward_prefetch(following)
 
 
+def reduce_each_time(network: nn.Module | None, reduce: bool) -> None:
+    """Whether the next backward pass sums gradients over the ranks, or adds them to what waits on this rank."""
+    assert isinstance(network, FSDPModule)
+    network.set_requires_gradient_sync(reduce)
+    network.set_is_last_backward(reduce)
+
+
 def let_go(*networks: nn.Module, around: bool = False) -> None:
     """Forget what is gathered: it is about to change, or is not wanted any more.
 

@@ -3,11 +3,12 @@
 Every rank has its own micro-batches, as in data parallelism, and a part of each weight, gradient and optimizer state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -18,10 +19,13 @@ from torch.optim import Optimizer
 from dft_lightning.checkpointing import RunCheckpoints, skeleton
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
-from dft_lightning.sharding.layers import shard
+from dft_lightning.sharding.layers import reduce_each_time, shard
 from dft_lightning.sharding.loading import load
 from dft_lightning.sharding.restoring import fill_module, load_optimizer, take_over
 from dft_lightning.sharding.tensors import gathered, state_of
+
+if TYPE_CHECKING:
+    from dft_lightning.scoring import WeightedModule
 
 #: As Lightning has it: gradients that are scaled, as those of 16-mixed, it cannot check over all ranks.
 _PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
@@ -30,9 +34,8 @@ _PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states dealt over the ranks, a decoder layer at a time.
 
-    Gradients are reduced after every micro-batch, so that no rank ever has them whole. A checkpoint is one file, as
-    that of any other strategy, or a folder with a part of each rank (`Checkpoints.sharded`): a run goes on from either
-    with any strategy, on any number of ranks.
+    A checkpoint is one file, as that of any other strategy, or a folder with a part of each rank
+    (`Checkpoints.sharded`): a run goes on from either with any strategy, on any number of ranks.
 
     Args:
         shard: ranks that share one copy of the weights; by default all of them, or as many as `replicate` leaves.
@@ -40,6 +43,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         compute: bfloat16 computes in it and reduces gradients in float32, while weights and optimizer states stay as
             they are held (float32 at trainer.precision 32-true).
         prefetch: layers that are gathered ahead of the one that computes; each takes memory.
+        reduce: gradients are summed over the ranks after each micro_batch, so that no rank ever has them whole; or once
+            a step, which moves less where a step has several micro-batches, and takes the memory of all gradients (in
+            float32 where bfloat16 computes).
         process_group_backend: nccl, gloo, …; by default what goes with the device.
         timeout: after this time a collective that a rank does not take part in is an error.
     """
@@ -50,6 +56,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicate: int = 1,
         compute: Literal["as_held", "bfloat16"] = "as_held",
         prefetch: int = 1,
+        reduce: Literal["micro_batch", "step"] = "micro_batch",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -58,7 +65,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.checkpoint_io = RunCheckpoints()
         self._folder: Path | None = None  # that is gone on from
-        self.shard, self.replicate, self.prefetch = shard, replicate, prefetch
+        self.shard, self.replicate, self.prefetch, self.once_a_step = shard, replicate, prefetch, reduce == "step"
         self.compute = torch.bfloat16 if compute == "bfloat16" else None
         for name, value in (("shard", shard), ("replicate", replicate), ("prefetch", prefetch)):
             if value is not None and value < 1:
@@ -96,6 +103,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             lambda network: shard(network, self.mesh, self.compute, self.prefetch),
             self.root_device,
         )
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around each micro-batch but the last of its step."""
+        network = cast("WeightedModule", self.lightning_module).network
+        reduce_each_time(network, not self.once_a_step)
+        try:
+            yield
+        finally:
+            reduce_each_time(network, True)
 
     def refuse_precision(self, precision: str) -> None:
         """Refuse a `trainer.precision` that is not known here, or says something else of what is computed in."""

@@ -73,6 +73,20 @@ class TestMemory:
         assert one.gradients < nbytes(load().network().parameters())
 
 
+def test_gradients_that_are_summed_once_a_step_wait_whole():
+    network = load().network()
+    each, once = (Dealing(4, 2, torch.bfloat16, value) for value in (False, True))
+    paper = [traffic.moved(scaling.weights_of(load().config), scaling.Mesh(4, 2), scaling.MASTERS, n) for n in (1, 3)]
+    assert each.moved(network, 3) == pytest.approx(paper[1].total)
+    assert once.moved(network) == each.moved(network)
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    summed = (3 / 4 + 2 * 1 / 2 / 4) * 4 * numbers
+    assert each.moved(network, 3) - once.moved(network, 3) == pytest.approx(2 * summed)
+    needs = [memory(load(dealing=dealing, dtype=torch.float32), "none") for dealing in (each, once)]
+    assert sum(needs[1].held.values()) - sum(needs[0].held.values()) == 4 * numbers
+    assert memory(load(dealing=once, accumulates=False), "none") == memory(load(dealing=each), "none")
+
+
 class TestStrategies:
     @pytest.mark.parametrize("name", ["auto", "ddp", "ddp_find_unused_parameters_true", "single_device"])
     def test_each_rank_has_all(self, name):
@@ -83,8 +97,9 @@ class TestStrategies:
 
     def test_by_options(self):
         path = "dft_lightning.sharding.FSDP2Strategy"
-        given = Namespace(class_path=path, init_args={"replicate": 2, "compute": "bfloat16", "timeout": "0:30:00"})
-        assert Dealing.by(strategy_of(given, "32-true"), 8) == Dealing(4, 2, torch.bfloat16)
+        options = {"replicate": 2, "compute": "bfloat16", "reduce": "step", "timeout": "0:30:00"}
+        given = Namespace(class_path=path, init_args=options)
+        assert Dealing.by(strategy_of(given, "32-true"), 8) == Dealing(4, 2, torch.bfloat16, True)
         with pytest.raises(UserError, match="leave compute out"):
             strategy_of(given, "bf16-mixed")
         with pytest.raises(UserError, match="the run has 7"):

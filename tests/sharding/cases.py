@@ -70,10 +70,17 @@ CASES = {
     "layers computed again": Case(module={"activation_checkpointing": "full"}),
     "parts of layers computed again": Case(module={"activation_checkpointing": "selective"}),
     "gathered ahead": Case(strategy={"prefetch": 2}),
+    "reduced once a step": Case(model="tied", data={"micro_batch_size": 1}, strategy={"reduce": "step"}),
+    "reduced once a step, LoRA": Case(GEM(), data={"micro_batch_size": 1}, strategy={"reduce": "step"}, module=ADAPTER),
     "clipped by value": Case(trainer={"gradient_clip_algorithm": "value", "gradient_clip_val": 1e-3}),
     "looked at": Case(trainer={"callbacks": TokenProbabilities, "num_sanity_val_steps": 1}),
 }
-HYBRID = {"copies of shards": Case(strategy={"replicate": 2})}
+HYBRID = {
+    "copies of shards": Case(strategy={"replicate": 2}),
+    "copies of shards, reduced once a step": Case(
+        data={"micro_batch_size": 1}, strategy={"replicate": 2, "reduce": "step"}
+    ),
+}
 COMPILED = {"compiled": Case(module={"compile": True}, data={"micro_batch_size": 2, "packing": True})}
 #: In bfloat16, to the bounds of which are others.
 HALF = {
@@ -86,6 +93,9 @@ HALF = {
     ),
     "computed in bfloat16, logits too": Case(
         module={"logits": "bfloat16"}, strategy={"compute": "bfloat16"}, trainer={"max_steps": 1}
+    ),
+    "computed in bfloat16, reduced once a step": Case(
+        data={"micro_batch_size": 1}, strategy={"compute": "bfloat16", "reduce": "step"}, trainer={"max_steps": 1}
     ),
     "held in bfloat16": Case(trainer={"max_steps": 1, "precision": "bf16-true"}),
     "held in bfloat16, logits too": Case(
@@ -140,12 +150,18 @@ def outcome(folder: Path, case: Case, ranks: int = 1, sharded: bool = False, **m
         "weights": weights,
         "buffers": {name: value.clone() for name, value in module.network.named_buffers()},
         "statistics": {str(value.dtype) for value in module.trained_on.tensors().values() if value.is_floating_point()},
+        "rounded": {name for name, value in module.trained_on.tensors().items() if _is_rounded(value)},
         "held": held / sum(value.numel() for value in weights.values()),
         "fingerprint": fingerprint(module.network),
         "reference": module.reference_weights,
         "generation": module.network.base.generation_config.to_dict(),
         "copies": [sum(part(value).numel() for value in copy.parameters()) for copy in module._initial],
     }
+
+
+def _is_rounded(value: torch.Tensor) -> bool:
+    """Whether bfloat16 holds all of it."""
+    return value.is_floating_point() and torch.equal(value, value.bfloat16().to(value.dtype))
 
 
 def keep(folder: Path, name: str, found: Any) -> None:

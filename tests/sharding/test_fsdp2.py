@@ -117,14 +117,18 @@ def test_computed_in_bfloat16_from_float32_weights(sharded, folder):
 
 
 def test_statistics_and_what_is_brought_along_stay_in_float32(sharded):
-    assert sharded["computed in bfloat16, sequences"]["statistics"] == {"torch.float32"}
+    """Not only by their dtype: what had been rounded on its way would be so still."""
+    found = sharded["computed in bfloat16, sequences"]
+    assert found["statistics"] == {"torch.float32"}
+    assert not found["rounded"] & {"logp", "ref_logp"}
 
 
-def test_logits_in_bfloat16(sharded, folder):
-    """The plain computation has them so, too, and is the yardstick."""
+@pytest.mark.parametrize("name", ["computed in bfloat16, logits too", "computed in bfloat16, reduced once a step"])
+def test_other_ways_to_compute_in_bfloat16(sharded, folder, name):
+    """The plain computation has such logits, too, and is the yardstick; gradients that wait do so in float32."""
     exact = plain(folder, DFT(), 8, "exact")
-    allowed = max(relative(plain(folder, DFT(), micro, "bf16-true"), exact) for micro in (8, 2))
-    (ours,) = sharded["computed in bfloat16, logits too"]["before"]
+    allowed = max(relative(plain(folder, DFT(), micro, "bf16-true"), exact) for micro in (8, 2, 1))
+    (ours,) = sharded[name]["before"]
     assert 1e-4 < relative(ours, exact) <= HALF_BOUND * allowed
 
 

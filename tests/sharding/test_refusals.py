@@ -19,10 +19,12 @@ from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA
 from dft_lightning.planning.automatic import load_of
 from dft_lightning.planning.dealt import Dealing
+from dft_lightning.planning.flops import model_flops
 from dft_lightning.resume import settings_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_strategy
 from dft_lightning.sharding.tensors import common_norm, like, part, state_of, whole
+from dft_lightning.weighting import ImportanceWeighted
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy()], ids=lambda one: type(one).__name__)
@@ -108,10 +110,15 @@ def one_reads(folder: Path) -> None:
     module = {"activation_checkpointing": "auto", "logits": "bfloat16"}
     given = {"module": module, "devices": 2, "strategy": halves, "callbacks": [speed], "max_steps": 1}
     found, _, trainer = fit(folder / "model", folder / "rows.jsonl", **given)
+    assert built == ([True, False] if os.environ["RANK"] == "0" else [True])
     assert load_of(found, trainer.datamodule).dealing == Dealing(2, 1, torch.bfloat16)
     assert "no peak is known of cpu, bfloat16" in speed.said
+    assert model_flops(found.network) == model_flops(models.WeightedLM(tiny_model()))
     assert settings_of(found)["precision"] == "32-true, computed in bfloat16"
-    assert built == ([True, False] if os.environ["RANK"] == "0" else [True])
+    for strategy in ("fsdp2", FSDP2Strategy(compute="bfloat16")):
+        given = {"data": {"cache_dir": str(folder / "kept")}, "devices": 2, "strategy": strategy, "max_steps": 1}
+        fit(folder / "model", folder / "rows.jsonl", ImportanceWeighted(), **given)
+    assert len(list((folder / "kept" / "reference").iterdir())) == 2  # another precision, other values
 
 
 def of_tensors(folder: Path) -> None:
