@@ -24,8 +24,8 @@ from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
 from dft_lightning.models import LoRA, add_lora
+from dft_lightning.planning.four_bits import pack, refuse_dora
 from dft_lightning.planning.live_bytes import LiveBytes
-from dft_lightning.planning.packed import pack, refuse_dora
 from dft_lightning.recomputation import Recomputation, recompute
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
