@@ -14,6 +14,8 @@ from dft_lightning.callbacks import Checkpoints, Export
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.tensors import state_of
 
+pytestmark = pytest.mark.slow  # starts other processes
+
 IDS = torch.arange(3, 40)[None]
 FAST = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), "warmup_ratio": 0.0}
 CASES = {

@@ -15,6 +15,8 @@ from dft_lightning.checkpointing import folder as parts
 from dft_lightning.checkpointing import read
 from dft_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow  # starts other processes
+
 NAMED = pytest.mark.parametrize("name", KEPT)
 
 
@@ -59,14 +61,13 @@ def assert_goes_on(ours, truth):
         assert relative(mine, theirs) < GRADIENT
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, 4])
 def test_on_another_number_of_ranks_up_to_rounding(folder, count):
     start(count, folder_runs.__file__, "go_on", folder, f"on {count}")
     for name in KEPT:
         assert_goes_on(of(folder, f"on {count}", name), of(folder, "whole at once", name))
 
 
-@pytest.mark.slow
 def test_ranks_that_share_two_copies_write_one(folder):
     start(4, folder_runs.__file__, "write_copies", folder)
     path = folder / "two" / "checkpoints" / "last.ckpt"

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from dft_lightning.weighting import DFT
 
+pytestmark = pytest.mark.slow  # starts other processes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -40,7 +42,7 @@ def on_ranks(folder, count, *arguments):
     return torch.load(folder / "sharded.pt")
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, 2, 4])
 def sharded(request, folder):
     """Every case on so many ranks."""
     found = on_ranks(folder, request.param)
@@ -140,7 +142,6 @@ def test_held_in_bfloat16(sharded, alone, folder, name):
     assert {value.dtype for value in sharded[name]["weights"].values()} == {torch.bfloat16}
 
 
-@pytest.mark.slow
 def test_compiled_layers(folder, alone):
     assert_alike(on_ranks(folder, 2, "compiled")["compiled"], alone("compiled"))
 

@@ -69,6 +69,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["refused", "one_reads", "of_tensors"])
 def test_on_two_ranks(folder, case):
     start(2, __file__, case, folder)

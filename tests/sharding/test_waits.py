@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dft_lightning.callbacks import Checkpoints, Preemption
 from dft_lightning.callbacks.preemption import _without_lightnings
 
+pytestmark = pytest.mark.slow  # starts other processes
+
 MICRO_BATCHES = 8  # of 26 rows on two ranks: four steps of two
 
 
