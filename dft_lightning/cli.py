@@ -31,6 +31,7 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
@@ -38,8 +39,9 @@ from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.parser import Parser
 from dft_lightning.rendezvous import meet_anew
+from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import Change, identity_by_options, refuse
-from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint
+from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
 
@@ -97,9 +99,14 @@ class CommandLine(LightningCLI):
         """Find the checkpoint to start from, before anything heavy happens."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
-        asked = config.get("ckpt_path")
-        anew = self.subcommand == "fit" and config.overwrite and asked in (None, "last")
+        asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
+        if fit and is_started_again(self.run_dir):
+            config.overwrite = False
+            asked = "last" if find_checkpoint(self.run_dir, None, "fit") else asked
+        anew = fit and config.overwrite and asked in (None, "last")
         config.ckpt_path = None if anew else find_checkpoint(self.run_dir, asked, self.subcommand)
+        if fit and config.overwrite:
+            refuse_own(config.ckpt_path, self.run_dir)
         if config.ckpt_path is not None:
             self._stored, self._step = read_checkpoint(config.ckpt_path, self.subcommand)
         if self.subcommand == "predict":
@@ -126,6 +133,8 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            self.lock.take(self.run_dir)
         if self.config.fit.overwrite and self.trainer.is_global_zero and self.run_dir.exists():
             move_run(self.run_dir, self.run_dir / ASIDE)
 
@@ -151,6 +160,7 @@ class CommandLine(LightningCLI):
         later: Any = {"purge_step": self._step + 1 if self._stored else 0}
         return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **later)
 
+    lock = RunLock()
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
 
@@ -199,6 +209,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
         return AGAIN
+    finally:
+        command_line.lock.release()
     return 0
 
 

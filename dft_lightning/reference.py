@@ -7,7 +7,9 @@ one that no longer fits is never found. It covers the rows that a run uses, no o
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +133,8 @@ def _cached(
         rank_zero_info(f"Reference log-probabilities of {len(rows)} rows: cached in {folder}")
         return RowValues(folder)
     rank_zero_info(f"Reference log-probabilities of {len(rows)} rows: computed once, cached in {folder}")
-    made = folder.with_name(f".{key}.making")
+    own = trainer.strategy.broadcast(uuid.uuid4().hex[:8])  # another run may make it, too
+    made = folder.with_name(f".{key}.{own}")
     part = made / f"rank-{trainer.global_rank}.npz"
     made.mkdir(parents=True, exist_ok=True)
     found = _scores(module, network, data.scoring_loader(rows, "reference"))
@@ -140,7 +143,8 @@ def _cached(
     if trainer.is_global_zero:
         loaded = [np.load(made / f"rank-{rank}.npz") for rank in range(trainer.world_size)]
         RowValues.write(made / "whole", [(part["rows"], part["lengths"], part["values"]) for part in loaded])
-        (made / "whole").rename(folder)
+        with suppress(OSError):  # another run has made it meanwhile
+            (made / "whole").rename(folder)
         shutil.rmtree(made)
     trainer.strategy.barrier()
     return RowValues(folder)

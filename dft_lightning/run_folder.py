@@ -63,6 +63,15 @@ def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | 
     raise UserError(f"ckpt_path {asked!r}: there is no {path}; give a checkpoint, or 'last' or 'best' of the run_dir")
 
 
+def refuse_own(checkpoint: str | None, run_dir: Path) -> None:
+    """Refuse to start anew from a checkpoint that the start would remove."""
+    if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"--overwrite true would remove {checkpoint}, which ckpt_path asks for: leave --overwrite out, or choose "
+            "another --run_dir"
+        )
+
+
 def read_checkpoint(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], int]:
     """The options and the step of a checkpoint; says how old it is."""
     stored = skeleton(Path(checkpoint))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from dft_lightning.callbacks.preemption import LEAVE, leave
@@ -75,6 +76,7 @@ class Checkpoints(Checkpoint):
                 "holds the whole model: set trainer.strategy fsdp2, or checkpoints.sharded false"
             )
         trainer.strategy.checkpoint_io = self._io
+        self._io.prepare(trainer.strategy, goes_on=stage == "fit")
         cast("FineTuner", pl_module).step.wishes[_WISH] = self._is_late
         rows = getattr(getattr(trainer, "datamodule", None), "val_rows", None)
         self._validated_on = None if rows is None else rows.fingerprint
@@ -97,6 +99,8 @@ class Checkpoints(Checkpoint):
             return
         if skipped.too_many:
             self._save(trainer, "stopped")
+            self._io.wait()
+            trainer.strategy.barrier()  # the run ends with an error now, and whoever sees one may end the others
             return
         self._due |= step % self.every_n_steps == 0 or _WISH in wished  # of one rank's clock, and known to all of them
         self._leaving = LEAVE in wished and step < module.total_steps  # after the last one only the export is left
@@ -112,6 +116,7 @@ class Checkpoints(Checkpoint):
 
         Where Lightning goes on after a step with a validation, it counts that as done: then, instead, it is done.
         """
+        _refuse_different_starts(trainer, cast("FineTuner", pl_module))
         if not self._owes_validation:
             return
         loop = trainer.fit_loop.epoch_loop.val_loop
@@ -185,6 +190,21 @@ class Checkpoints(Checkpoint):
         self._owes_validation = state_dict.get("owes_validation", False)
         if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
+
+
+def _refuse_different_starts(trainer: pl.Trainer, module: "FineTuner") -> None:
+    """Ranks that see other checkpoints than the first would train another model with it, or parts of two models."""
+    if trainer.world_size == 1:
+        return
+    saved = "" if module._resumed is None else f" (saved at {module._resumed['saved_at']:.3f})"
+    found = f"step {trainer.global_step:,}{saved}"
+    first = trainer.strategy.broadcast(found)
+    differ = torch.tensor(float(found != first), device=trainer.strategy.root_device)
+    if trainer.strategy.reduce(differ, reduce_op="sum"):
+        raise UserError(
+            f"rank {trainer.global_rank} begins at {found}, the first rank at {first}: all ranks have to see the same "
+            f"run_dir ({trainer.default_root_dir}), on a disk that they share"
+        )
 
 
 def _stops(trainer: pl.Trainer) -> bool:

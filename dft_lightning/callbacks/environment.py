@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning import environment, resume
+from dft_lightning.restarts import job
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -27,7 +28,7 @@ class Environment(Callback):
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         run_dir = Path(trainer.default_root_dir)
-        now = environment.start(ranks, _run(trainer, cast("FineTuner", pl_module)))
+        now = environment.start(ranks, {"job": job()} | _run(trainer, cast("FineTuner", pl_module)))
         earlier = environment.starts(run_dir)
         if earlier and trainer.global_step and (changed := environment.differences(earlier[-1], now)):
             rank_zero_info(f"Going on with another environment than at the last start: {', '.join(changed)}")

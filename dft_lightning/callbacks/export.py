@@ -49,10 +49,11 @@ class Export(Callback):
         if not self.enabled or getattr(trainer, "fast_dev_run", False):
             return
         module = cast("FineTuner", pl_module)
-        stored = _best(trainer) if self.which == "best" else None
-        gathered = _gathered(module) if stored is None else None
+        is_best = self.which == "best" and trainer.strategy.broadcast(_has_best(trainer))
+        gathered = None if is_best else _gathered(module)
         if trainer.is_global_zero:
-            self._write(module, stored, gathered)
+            self._write(module, read_stored(_best(trainer)) if is_best else None, gathered)
+        trainer.strategy.barrier()  # launchers end the others some time after the first rank that ends
 
     def _write(self, module: "FineTuner", stored: Stored | None, gathered: Stored | None) -> None:
         source = stored or gathered
@@ -70,13 +71,17 @@ class Export(Callback):
         add_stops(model.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
 
 
-def _best(trainer: pl.Trainer) -> Stored | None:
-    """The best state so far; None where there is none."""
-    checkpoint = checkpoint_folder(trainer.default_root_dir) / "best.ckpt"
-    if checkpoint.exists():
-        return read_stored(checkpoint)
-    rank_zero_warn(f"export.which is 'best', but there is no {checkpoint} (no validation?): exporting the last state")
-    return None
+def _best(trainer: pl.Trainer) -> Path:
+    return checkpoint_folder(trainer.default_root_dir) / "best.ckpt"
+
+
+def _has_best(trainer: pl.Trainer) -> bool:
+    """Whether there is a best state; says so where there is none."""
+    if not _best(trainer).exists():
+        rank_zero_warn(
+            f"export.which is 'best', but there is no {_best(trainer)} (no validation?): exporting the last state"
+        )
+    return _best(trainer).exists()
 
 
 def _gathered(module: "FineTuner") -> Stored | None:

@@ -1,5 +1,6 @@
 """A run that is asked to leave finishes its step, saves, and says that it wants to be started again."""
 
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from dft_lightning.signals import AGAIN, NOTICE, Preempted
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
 
+#: Seconds that ranks have for what they write once the one that started them has failed.
+GRACE = 20.0
 LEAVE = "save the last state, and leave: a signal has come"
 """Asked with each optimizer step; `Checkpoints` grants it."""
 
@@ -42,10 +45,20 @@ class Preemption(Callback):
             leave(trainer, "before any step")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A rank that leaves before there is a step takes those with it that it has started."""
+        """A rank that leaves before there is a step, or that fails alone, takes those with it that it has started.
+
+        They may wait for it in a message that never comes, and hold their devices; after some seconds they are ended.
+        """
+        started = _started(trainer)
+        for process in started:
+            process.terminate()
         if isinstance(exception, Preempted):
-            for process in _started(trainer):
-                process.terminate()
+            return
+        end = time.monotonic() + GRACE
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            time.sleep(0.05)
+        for process in started:
+            process.kill()
 
 
 def leave(trainer: pl.Trainer, when: str) -> None:

@@ -109,16 +109,24 @@ class RollCall(Callback):
     def _watch(self) -> None:
         told = -1
         while not self._end.wait(min(5.0, 6 * self.minutes)):
-            if self._marks != told and time.monotonic() - self._moved > 60 * self.minutes:
-                told = self._marks
-                try:
+            if self._marks == told:
+                continue
+            try:
+                if told >= 0 and self._store.check([self._place]):
+                    self._store.delete_key(self._place)  # it has moved since: that is no answer to another call
+                if time.monotonic() - self._moved > 60 * self.minutes:
+                    told = self._marks
                     self._call()
-                except RuntimeError as gone:  # the store is, with the rank or the launcher that held it
-                    print(f"roll call: no store to speak over any more ({gone})", file=sys.stderr, flush=True)
+            except RuntimeError as gone:  # the store is, with the rank or the launcher that held it
+                print(f"roll call: no store to speak over any more ({gone})", file=sys.stderr, flush=True)
+
+    @property
+    def _place(self) -> str:
+        return f"place/{self._rank}"
 
     def _call(self) -> None:
         mine = Place(self._rank, self._marks, self._step, self._after, main_thread())
-        self._store.set(f"place/{self._rank}", json.dumps(asdict(mine)))
+        self._store.set(self._place, json.dumps(asdict(mine)))
         self._end.wait(self._patience)
         there = [rank for rank in range(self._ranks) if self._store.check([f"place/{rank}"])]
         if self._rank != min(there, default=self._rank) or self._end.is_set():

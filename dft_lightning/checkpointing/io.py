@@ -34,6 +34,19 @@ class RunCheckpoints(CheckpointIO):
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: tuple[Path, Future[Any]] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._goes_on = True
+
+    def prepare(self, strategy: Any, goes_on: bool) -> None:
+        """Before the first call: what ranks of a folder speak over, so that it is known to work; all have to call.
+
+        Args:
+            strategy: the trainer's.
+            goes_on: whether what is read is trained on; else the optimizers' state is left on disk.
+        """
+        self._goes_on = goes_on
+        if self.sharded and goes_on and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=strategy._timeout)
+            dist.barrier(group=self._group)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write it, or begin to.
@@ -52,12 +65,12 @@ class RunCheckpoints(CheckpointIO):
                 self._under_way = final, self._thread.submit(_write_file, copied(checkpoint), final)
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
-        tensors = folder.tensors_of(checkpoint)
-        if first := dist.get_rank() == 0:
-            place.begin(final).mkdir()
-            _write_synced(folder.without_tensors(checkpoint), place.unfinished(final) / folder.REST)
+        tensors, first = folder.tensors_of(checkpoint), dist.get_rank() == 0
         options: dict[str, Any] = {"checkpoint_id": place.unfinished(final), "process_group": self._gloo()}
-        dist.barrier()  # the folder is there
+        failure = [_begun(folder.without_tensors(checkpoint), final) if first else ""]
+        dist.broadcast_object_list(failure, src=0, group=self._gloo())  # the folder is there, or none goes on
+        if failure[0]:
+            raise OSError(failure[0])
         if self._thread is None:
             save(tensors, **options)
             if first:
@@ -85,8 +98,8 @@ class RunCheckpoints(CheckpointIO):
             future.result()
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Whole, on the host."""
-        return read(Path(path))
+        """Whole, on the host; without the optimizers where nothing is trained."""
+        return read(Path(path), weights_only=not self._goes_on)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Of either form."""
@@ -131,9 +144,19 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _begun(rest: dict[str, Any], final: Path) -> str:
+    """Make the folder; what went wrong, for the ranks that wait for it."""
+    try:
+        place.begin(final).mkdir()
+        _write_synced(rest, place.unfinished(final) / folder.REST)
+    except (OSError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 def _write_file(checkpoint: dict[str, Any], final: Path) -> None:
     torch.save(checkpoint, place.begin(final))
-    place.finish(final)
+    _put(final)
 
 
 def _once_written(written: Any, final: Path) -> None:

@@ -49,6 +49,8 @@ def _read(build: Callable[[bool], WeightedLM]) -> WeightedLM | None:
             network = build(False)
         except UserError as error:
             failure = str(error)
+        except Exception as error:  # the others would wait for what has failed
+            failure = f"rank {_READER} could not load the model: {type(error).__name__}: {error}"
     if failure := _sent(failure):
         raise UserError(failure)
     return network

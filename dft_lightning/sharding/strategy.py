@@ -168,6 +168,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self._writes_parts or self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
+    def teardown(self) -> None:
+        """What is written meanwhile is finished, or its error raised."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """A file is mapped into memory, so that ranks of a node share the pages they read; of a folder, its shapes."""
         self._folder = Path(checkpoint_path) if Path(checkpoint_path).is_dir() else None

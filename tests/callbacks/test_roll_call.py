@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
 from launching import DDP, FSDP2, SOON, TORCHRUN, Runs, children_of
 
 from dft_lightning.callbacks.roll_call import Place, RollCall, main_thread, verdict
@@ -37,6 +39,38 @@ class TestVerdict:
 
 def test_where_the_main_thread_is():
     assert "test_where_the_main_thread_is (test_roll_call.py:" in main_thread()
+
+
+def test_an_earlier_answer_is_none(capfd):
+    """After an alarm that came to nothing, a rank that is stopped does not answer by what it said then."""
+    store = dist.HashStore()
+    calls = [RollCall(0.001) for _ in WHERE]
+    for rank, call in enumerate(calls):
+        call._store, call._rank, call._ranks = store, rank, len(calls)
+        store.set(f"where/{rank}", WHERE[rank])
+        threading.Thread(target=call._watch, daemon=True).start()
+    said = until(capfd, "All ranks are equally far")
+    assert "does not answer" not in said
+    for call in calls:
+        call._moved, call._marks = time.monotonic() + 0.5, call._marks + 1
+    while store.check(["place/0"]) or store.check(["place/1"]):
+        time.sleep(0.01)
+    calls[0]._end.set()
+    said = until(capfd, "Nothing has moved")
+    assert "Rank 0 (alpha, process 10) does not answer" in said
+    for call in calls:
+        call._end.set()
+
+
+def until(capfd, what):
+    """What was said until then."""
+    said, end = "", time.monotonic() + 60
+    while what not in said:
+        assert time.monotonic() < end, said
+        time.sleep(0.05)
+        said += capfd.readouterr().err
+    time.sleep(0.2)
+    return said + capfd.readouterr().err
 
 
 def test_minutes_below_zero_are_refused():

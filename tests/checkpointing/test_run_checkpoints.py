@@ -120,11 +120,6 @@ class TestWriting:
             io.save_checkpoint(checkpoint(2.0), tmp_path / "last.ckpt")
         assert_same(read(tmp_path / "last.ckpt"), checkpoint())
 
-
-def saved(io, state, path):
-    io.save_checkpoint(state, path)
-    io.wait()
-
     def test_an_error_of_ranks_is_one_line_too(self, tmp_path, monkeypatch):
         """PyTorch's own is no `Exception`."""
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", fail)
@@ -132,6 +127,25 @@ def saved(io, state, path):
         monkeypatch.setattr(place, "on_disk", lambda path: None)
         with pytest.raises(UserError, match="no space left"):
             io.save_checkpoint(checkpoint(), tmp_path / "last.ckpt")
+
+    def test_a_folder_that_cannot_be_made_is_one_line(self, tmp_path):
+        """As on a disk that is full, on all ranks alike."""
+        (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(UserError, match=r"last\.ckpt could not be written"):
+            RunCheckpoints(sharded=True).save_checkpoint(checkpoint(), tmp_path / "checkpoints" / "last.ckpt")
+
+    def test_a_file_that_is_not_whole_takes_no_place(self, tmp_path, monkeypatch):
+        io = RunCheckpoints()
+        io.save_checkpoint(checkpoint(), tmp_path / "last.ckpt")
+        monkeypatch.setattr(torch, "save", lambda state, path: path.write_bytes(b"half"))
+        with pytest.raises(UserError, match="damaged"):
+            io.save_checkpoint(checkpoint(2.0), tmp_path / "last.ckpt")
+        assert_same(read(tmp_path / "last.ckpt"), checkpoint())
+
+
+def saved(io, state, path):
+    io.save_checkpoint(state, path)
+    io.wait()
 
 
 def fail(*_):

@@ -14,7 +14,7 @@ from ranks import start
 
 from dft_lightning import models, scoring
 from dft_lightning.__main__ import main
-from dft_lightning.callbacks import Throughput
+from dft_lightning.callbacks import Checkpoints, Throughput
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA
 from dft_lightning.planning.automatic import load_of
@@ -88,6 +88,14 @@ def refused(folder: Path) -> None:
     fails("model.lora.dora is true", FSDP2Strategy(), module={"lora": LoRA(rank=2, dora=True)})
     for kind in (torch.optim.Adafactor, torch.optim.Rprop):
         fails(f"optimizer {kind.__name__} looks at whole weights", FSDP2Strategy(), module={"optimizer": kind})
+    for strategy in ("ddp", "fsdp2"):
+        first = os.environ["RANK"] == "0"
+        saving = {"enable_checkpointing": True, "default_root_dir": folder / strategy, "callbacks": [Checkpoints()]}
+        fit(
+            folder / "model", folder / "rows.jsonl", devices=2, strategy=strategy, recorder=False, max_steps=1, **saving
+        )
+        own = str(folder / strategy / "checkpoints" / "last.ckpt") if first else None
+        fails("have to see the same run_dir", strategy, ckpt_path=own, max_steps=2, **saving)
     torch.distributed.barrier()
     if os.environ["RANK"] == "0":
         (folder / "model" / "model.safetensors").write_bytes(b"no weights")
