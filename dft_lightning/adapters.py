@@ -64,12 +64,18 @@ def prepare_adapters(model: nn.Module, *, initial: bool) -> None:
         UserError: DoRA on sharded weights, whose rows are gathered in another precision than they are held in.
     """
     if any(isinstance(magnitude.weight, DTensor) for _, _, magnitude in _magnitudes(model)):
+        refuse_sharded(LoRA(dora=True))
+    if initial:
+        begin_at_the_model(model)
+
+
+def refuse_sharded(lora: LoRA | None) -> None:
+    """Refuse adapters that cannot be exact on a sharded model."""
+    if lora is not None and lora.dora:
         raise UserError(
             "model.lora.dora is true, but the model is sharded, where DoRA would not begin as the model it adapts: "
             "set model.lora.dora false, or trainer.strategy ddp"
         )
-    if initial:
-        begin_at_the_model(model)
 
 
 @torch.no_grad()

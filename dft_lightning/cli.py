@@ -42,6 +42,7 @@ from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
+from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
 
@@ -99,6 +100,8 @@ class CommandLine(LightningCLI):
         """Find the checkpoint to start from, before anything heavy happens."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        if isinstance(config.trainer.strategy, str):
+            refuse_name(config.trainer.strategy)
         asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
         if fit and is_started_again(self.run_dir):
             config.overwrite = False
@@ -189,7 +192,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     _quieten()
     load_plugins()
     meet_anew()
-    Parser.given = [*(sys.argv[1:] if args is None else args)]
+    given = _with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)])
+    Parser.given = given
     try:
         command_line(
             FineTuner,
@@ -200,11 +204,16 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults=_TRAINER,
-            args=None if args is None else list(args),
+            args=given,
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
+    except MisconfigurationException as error:
+        if os.environ.get("DFT_TRACEBACK"):
+            raise
+        print(f"dft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
@@ -214,6 +223,17 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     return 0
 
 
+def _with_settings_of_fsdp2(args: list[str]) -> list[str]:
+    """A strategy's short name takes no settings of its own; its class does."""
+    has_settings = any(word.startswith("--trainer.strategy.") for word in args)
+    pairs = {"--trainer.strategy=fsdp2": "--trainer.strategy=FSDP2Strategy"} if has_settings else {}
+    found = [pairs.get(word, word) for word in args]
+    for place in range(1, len(found)):
+        if has_settings and found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
+            found[place] = "FSDP2Strategy"
+    return found
+
+
 def _quieten() -> None:
     """Leave out what Lightning says that the user of `dft` can do nothing about."""
     for message in (
@@ -221,6 +241,8 @@ def _quieten() -> None:
         ".*LeafSpec",
         ".*GPU available but not used",
         ".*does not have many workers",
+        ".*sync_dist=True.*",  # what is logged is the same on all ranks already
+        ".*your dataloader is not resumable.*",  # our data module is
     ):
         warnings.filterwarnings("ignore", message)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -80,9 +80,7 @@ def read_checkpoint(checkpoint: str, subcommand: str) -> tuple[dict[str, Any], i
         identity_by_options(options)
     except Exception as error:  # missing keys, and what is not a checkpoint's, have no common class
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot read checkpoint {checkpoint} ({reason}): remove it, or give another ckpt_path"
-        ) from error
+        raise UserError(f"cannot read checkpoint {checkpoint} ({reason}): give another ckpt_path") from error
     cut_off = unfinished(Path(checkpoint)).exists()
     rank_zero_info(
         f"{'Going on from' if subcommand == 'fit' else 'Using'} {checkpoint}: step {step:,}, written "

@@ -44,8 +44,8 @@ class TestSlurm:
         assert run("slurm.sh", "--config", "a.yaml", **SLURM) == 0
         (said,) = calls.read_text().splitlines()
         assert said.endswith(
-            "dft fit --run_dir runs/dft-70123 --seed_everything 0 --trainer.strategy ddp --trainer.num_nodes 2 "
-            "--trainer.devices 8 --config a.yaml"
+            "dft fit --trainer.strategy ddp --config a.yaml --run_dir runs/dft-70123 --trainer.num_nodes 2 "
+            "--trainer.devices 8"
         )
 
     def test_shards_where_that_is_asked_for_and_what_comes_later_wins(self, commands):

@@ -9,7 +9,8 @@
 # STRATEGY  ddp: each rank has the whole model; fsdp2: weights, gradients and optimizer states are dealt over all ranks;
 #           FSDP2Strategy with --trainer.strategy.replicate NODES at the end of the line: over those of a node (ddp)
 # RESTARTS  a rank that dies takes the others along, and all start again from the last checkpoint, so many times (3)
-# GRACE     seconds that the ranks have for their step and a checkpoint after SIGTERM or SIGUSR1 to this script (300)
+# GRACE     seconds that the ranks have for their step and a checkpoint after SIGTERM or SIGUSR1 to this script (300);
+#           torch before 2.12 knows no such time, and kills them after 30
 #
 # Leaves with 85 where it was asked to leave and wants to be started again; torchrun itself leaves with 1 then. Where
 # only one node is asked, the ranks of all nodes save; the other nodes wait for it to come back (ten minutes).

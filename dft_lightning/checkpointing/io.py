@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +137,25 @@ def _naming(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # file system, torch and its distributed part share no class
-        reason = " ".join(str(error).split())[-300:]
+        with suppress(OSError):  # it may be what fills the disk
+            place.remove(place.unfinished(path))
+        kept = "the one before it is still there" if path.exists() else "there is none before it"
         raise UserError(
-            f"the checkpoint {path} could not be written ({reason}): the one before it is still there. Make room "
-            "or mend the disk, and start the same command again"
+            f"the checkpoint {path} could not be written ({_reason(error)}): {kept}. Make room or mend the disk, and "
+            "start the same command again"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said, where that is at the bottom of it: torch speaks of unexpected positions in a file."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    found = next((one for one in chain if isinstance(one, OSError)), chain[0])
+    return " ".join(str(found).split())[:300]
 
 
 def _begun(rest: dict[str, Any], final: Path) -> str:
@@ -150,7 +164,7 @@ def _begun(rest: dict[str, Any], final: Path) -> str:
         place.begin(final).mkdir()
         _write_synced(rest, place.unfinished(final) / folder.REST)
     except (OSError, RuntimeError) as error:
-        return str(error) or type(error).__name__
+        return _reason(error) or type(error).__name__
     return ""
 
 

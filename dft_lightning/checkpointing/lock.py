@@ -31,7 +31,12 @@ class RunLock:
             UserError: another process keeps it; names that.
         """
         self._made, self._path = not run_dir.exists(), run_dir / ".lock"
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"--run_dir {run_dir} cannot be written ({reason}): choose another") from error
         end = time.monotonic() + PATIENCE
         for number in range(10**6):
             if self._tried():

@@ -21,8 +21,8 @@ def skeleton(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}; runs write theirs to RUN_DIR/checkpoints/last.ckpt")
     if path.is_dir() and not (path / folder.REST).exists():
         raise UserError(
-            f"cannot read checkpoint {path}: it is a folder without {folder.REST}, which no checkpoint is; runs write "
-            "theirs to RUN_DIR/checkpoints/last.ckpt"
+            f"cannot read checkpoint {path}: it is a folder without {folder.REST}, so no checkpoint, or none that is "
+            "whole; expected one such as RUN_DIR/checkpoints/last.ckpt"
         )
     try:
         if path.is_dir():
@@ -68,5 +68,9 @@ def newest_whole(path: Path) -> Path | None:
             rank_zero_warn(f"{failure}. Taking the one before it")
         return candidate
     if failures:
-        raise UserError(f"{'; '.join(failures)}: remove it, or give another ckpt_path")
+        best = path.with_name("best.ckpt")
+        other = (
+            f"go on from {best} with --ckpt_path best" if best.exists() and best != path else "give another ckpt_path"
+        )
+        raise UserError(f"{'; '.join(failures)}: {other}, or start anew with --overwrite true")
     return None

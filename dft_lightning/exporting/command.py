@@ -70,7 +70,9 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
-    return {"kind": kind, "parameters": sum(weight.numel() for weight in model.parameters()), "step": stored.step}
+    adapted = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    counted = adapted if kind == "an adapter" else dict(model.named_parameters())
+    return {"kind": kind, "parameters": sum(weight.numel() for weight in counted.values()), "step": stored.step}
 
 
 def _card(stored: "Stored", given: argparse.Namespace) -> str:

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dft_lightning.errors import UserError
 
 SHARD = "5GB"
@@ -38,10 +40,14 @@ def write_model(model: Any, tokenizer: Any, folder: Path, card: str, shard: str 
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, max_shard_size=shard)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(card)
-    _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")
+    try:
+        model.save_pretrained(unfinished, max_shard_size=shard)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card)
+        _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{folder} could not be written ({error}): make room, or choose another place") from error
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
+from dft_lightning.adapters import refuse_sharded
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
@@ -18,6 +19,7 @@ from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.peaks import Device, find_device
 from dft_lightning.planning.plan import Options, Place, Plan, make_plan
 from dft_lightning.planning.report import as_json, print_plan
+from dft_lightning.sharding.initial import refuse_quantized
 
 
 class PlanCommand(InsteadOfTraining):
@@ -49,6 +51,9 @@ class PlanCommand(InsteadOfTraining):
             raise UserError(f"--memory_gib is {config.memory_gib}; expected GiB of a device, more than 0")
         precision = _convert_precision_to_unified_args(trainer.precision) or "32-true"
         strategy = strategy_of(trainer.strategy, precision)
+        if strategy is not None:
+            refuse_sharded(self.model.lora)
+            refuse_quantized(self.model.source)
         place = _place(config.device, config.memory_gib, trainer, config.throughput.peak_flops)
         options = Options(
             precision=precision,

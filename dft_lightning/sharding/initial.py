@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from dft_lightning.errors import UserError
-from dft_lightning.models import WeightedLM
+from dft_lightning.models import ModelSource, WeightedLM
 from dft_lightning.sharding.strategy import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -23,11 +23,8 @@ def initial_network(module: "WeightedModule", *, frozen: bool = False) -> Weight
     """
     strategy = module.trainer.strategy if module._trainer is not None else None
     sharded = isinstance(strategy, FSDP2Strategy)
-    if sharded and module.source.quantization is not None:
-        raise UserError(
-            f"model.quantization is {module.source.quantization}, and trainer.strategy deals out weights in whole "
-            "precision only: set trainer.strategy ddp or auto, or leave quantization out"
-        )
+    if sharded:
+        refuse_quantized(module.source)
 
     def build(empty: bool) -> WeightedLM:
         with torch.device("meta") if empty else nullcontext():
@@ -36,6 +33,15 @@ def initial_network(module: "WeightedModule", *, frozen: bool = False) -> Weight
         return network.requires_grad_(False).eval() if frozen else network
 
     return strategy.load_network(build) if isinstance(strategy, FSDP2Strategy) else build(False)
+
+
+def refuse_quantized(source: ModelSource) -> None:
+    """Refuse weights in 4 bits on a sharded model."""
+    if source.quantization is not None:
+        raise UserError(
+            f"model.quantization is {source.quantization}, and trainer.strategy deals out weights in whole "
+            "precision only: set trainer.strategy ddp or auto, or leave quantization out"
+        )
 
 
 def refuse_strategy(trainer: pl.Trainer | None) -> None:
@@ -51,4 +57,12 @@ def refuse_strategy(trainer: pl.Trainer | None) -> None:
         raise UserError(
             f"trainer.strategy is {type(strategy).__name__}, under which gradients would not be exact here (tensor "
             "parallelism, FSDP1 and DeepSpeed are not supported); expected fsdp2 to shard the model, ddp or auto"
+        )
+
+
+def refuse_name(name: str) -> None:
+    """The same by name, before there is a strategy: its own errors would send the user further the wrong way."""
+    if name.startswith(("fsdp", "deepspeed")) and name.lower() != "fsdp2":
+        raise UserError(
+            f"trainer.strategy is {name}, which is not supported here; expected fsdp2 to shard the model, ddp or auto"
         )

@@ -80,9 +80,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard = self.shard or ranks // self.replicate
         if shard * self.replicate != ranks:
             raise UserError(
-                f"trainer.strategy shards over {shard} ranks, {self.replicate} times, which makes "
-                f"{shard * self.replicate}; the run has {ranks}: set trainer.strategy.shard and "
-                ".replicate so that their product is that"
+                f"trainer.strategy.replicate is {self.replicate} and .shard is {self.shard or 'not set'}, but the run "
+                f"has {ranks} ranks: expected copies times the ranks that share each to be that"
             )
         return self.replicate, shard
 

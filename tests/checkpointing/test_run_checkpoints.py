@@ -238,7 +238,7 @@ class TestReading:
             part.write_bytes(part.read_bytes()[: part.stat().st_size // 2 if how == "cut" else 0])
         with pytest.raises(UserError, match=r"cannot read checkpoint .*last\.ckpt"):
             skeleton(path)
-        with pytest.raises(UserError, match="remove it, or give another ckpt_path"):
+        with pytest.raises(UserError, match="give another ckpt_path, or start anew with --overwrite true"):
             newest_whole(path)
 
     def test_the_one_before_is_taken_where_the_last_is_damaged_and_this_is_said(self, path):

@@ -82,8 +82,8 @@ def refused(folder: Path) -> None:
         with pytest.raises(UserError, match=pattern):
             fit(folder / "model", folder / "rows.jsonl", devices=2, strategy=strategy, recorder=False, **more)
 
-    fails("3 ranks, 1 times, which makes 3; the run has 2", FSDP2Strategy(shard=3))
-    fails("4 times", FSDP2Strategy(replicate=4))
+    fails(r"replicate is 1 and \.shard is 3, but the run has 2 ranks", FSDP2Strategy(shard=3))
+    fails(r"replicate is 4 and \.shard is not set", FSDP2Strategy(replicate=4))
     fails("leave compute out", FSDP2Strategy(compute="bfloat16"), precision="bf16-mixed")
     fails("model.lora.dora is true", FSDP2Strategy(), module={"lora": LoRA(rank=2, dora=True)})
     for kind in (torch.optim.Adafactor, torch.optim.Rprop):
