@@ -405,6 +405,34 @@ class TestErrors:
         fails(lambda: main(["train"]), capsys, "no command 'train'")
 
 
+class TestWhatCannotBe:
+    @pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
+    def test_strategies_that_shard_otherwise(self, dft, capsys, name):
+        call = lambda: dft("fit", "--model.weighting", "DFT", "--trainer.strategy", name)  # noqa: E731
+        fails(call, capsys, f"trainer.strategy is {name}, which is not supported here; expected fsdp2")
+        assert not Path("run").exists()
+
+    def test_settings_go_with_the_short_name(self, dft, capsys):
+        more = ["--trainer.strategy", "fsdp2", "--trainer.strategy.replicate", "2", "--print_config"]
+        with pytest.raises(SystemExit):
+            dft("fit", "--model.weighting", "DFT", *more)
+        strategy = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]
+        assert strategy["class_path"].endswith("FSDP2Strategy")
+        assert strategy["init_args"]["replicate"] == 2
+
+    def test_a_run_that_is_longer_already(self, dft, capsys):
+        options = ["--model.weighting", "DFT", "--trainer.max_epochs"]
+        assert dft("fit", *options, "3") == 0
+        fails(lambda: dft("fit", *options, "1"), capsys, "max_epochs=1")
+
+    def test_a_run_folder_that_cannot_be_written(self, dft, capsys):
+        """A file stands for it: whoever may write anywhere, as here, may not write into that."""
+        Path("file").write_text("mine")
+        call = lambda: dft("fit", "--model.weighting", "DFT", "--run_dir", "file/run")  # noqa: E731
+        fails(call, capsys, "--run_dir file/run cannot be written", "choose another")
+        assert Path("file").read_text() == "mine"
+
+
 class TestConfigs:
     @pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml")))
     @pytest.mark.parametrize("weighting", ["sft", "dft", "iw_sft"])
