@@ -160,6 +160,14 @@ def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.num_samples", "3", "--data.drop_last", "true"], "do not fill one step of data.global_batch_size"),
         (["--trainer.strategy", "fsdp"], "dft plan knows trainer.strategy auto, ddp and fsdp2, not 'fsdp'"),
+        (
+            ["--trainer.strategy", "fsdp2", "--model.lora.rank", "4", "--model.lora.dora", "true"],
+            "model.lora.dora is true, but the model is sharded",
+        ),
+        (
+            ["--trainer.strategy", "fsdp2", "--model.lora.rank", "4", "--model.quantization", "nf4"],
+            "model.quantization is nf4, and trainer.strategy deals out",
+        ),
         (["--trainer.devices", "foo"], "trainer.devices is 'foo'; expected a number"),
         (["--trainer.devices", "0"], "trainer.devices is '0'; expected a number"),
         (["--memory_gib", "-3"], "--memory_gib is -3.0; expected"),
