@@ -53,7 +53,9 @@ def test_an_earlier_answer_is_none(capfd):
     assert "does not answer" not in said
     for call in calls:
         call._moved, call._marks = time.monotonic() + 0.5, call._marks + 1
+    end = time.monotonic() + 20
     while store.check(["place/0"]) or store.check(["place/1"]):
+        assert time.monotonic() < end, "what was answered once still stands"
         time.sleep(0.01)
     calls[0]._end.set()
     said = until(capfd, "Nothing has moved")
