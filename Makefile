@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick exactness kill-and-resume end-to-end check format clean
+.PHONY: help setup demo test test-quick test-all exactness kill-and-resume end-to-end check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,10 +24,13 @@ demo: $(READY)  ## fine-tune a real model by DFT on this machine's CPU, in minut
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)  ## the whole test suite, with coverage, on two cores
-	$(PYTEST) --cov --cov-fail-under=90
+	$(PYTEST) -m 'not exhaustive' --cov --cov-fail-under=90
 
 test-quick: $(READY) ## the tests that need neither the real model nor other processes
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not exhaustive'
+
+test-all: $(READY) ## every row of the large tables too (all combinations of recipes, all model families)
+	$(PYTEST)
 
 exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/exactness.py
