@@ -476,7 +476,7 @@ class TestConfigs:
             assert config["data"]["init_args"]["packing"] == "padding_free"
             assert config["data"]["init_args"]["num_samples"] == 100000
         if file == "fsdp2":
-            assert config["trainer"]["strategy"] == "fsdp2"
+            assert config["trainer"]["strategy"]["class_path"] == "dft_lightning.sharding.FSDP2Strategy"
             assert config["checkpoints"]["sharded"]
         if file == "demo":
             assert config["model"]["model_name"] == NAME
