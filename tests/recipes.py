@@ -1,9 +1,11 @@
 """The files of `configs/` as they may be combined, and a tiny model of the family of each model that they name."""
 
+import os
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from conftest import sums, write_jsonl
@@ -79,14 +81,30 @@ def pairs(row: tuple) -> set[tuple]:
     return set(combinations(enumerate(row), 2))
 
 
-def covering(rows: list) -> list:
-    """Some of the rows, in which each pair of values is that is in any of them: greedy, the same every time."""
+def covering(rows: list, cost: Callable[[Any, list], float] = lambda row, chosen: 1.0) -> list:
+    """Some of the rows, in which each pair of values is that is in any of them: greedy, the same every time.
+
+    Args:
+        cost: of a row beside those that are chosen already.
+    """
     known = {row: pairs(row) for row in rows}
     missing, chosen = set().union(*known.values()), []
     while missing:
-        chosen.append(max(rows, key=lambda row: len(known[row] & missing)))  # the first of the best
-        missing -= known[chosen[-1]]
+        best = max(rows, key=lambda row: len(known[row] & missing) / cost(row, chosen))  # the first of them
+        chosen.append(best)
+        missing -= known[best]
     return chosen
+
+
+def compiled_once(recipe: Recipe, chosen: list[Recipe]) -> float:
+    """A layer that has not been compiled yet takes as long as ten other recipes."""
+    is_new = recipe.layout == "fast" and graph(recipe) not in map(graph, chosen)
+    return 10.0 if is_new else 1.0
+
+
+def graph(recipe: Recipe) -> tuple:
+    """What decides what is compiled: layers, their adapters and precision, and the shape of the rows."""
+    return recipe.layout, FAMILIES[recipe.model].kind, recipe.adapter, recipe.precision, recipe.weighting == "demo"
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -137,7 +155,6 @@ FAMILIES = {
         eos="<｜end▁of▁sentence｜>",
         pad="<｜end▁of▁sentence｜>",
         bos="<｜begin▁of▁sentence｜>",
-        changes=(("num_key_value_heads", 4),),
     ),
     "": Family(  # of the demo: SmolLM2
         "Llama",
@@ -209,14 +226,18 @@ def configs(files: list[str]) -> list[str]:
     return [word for name in files for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
 
 
-def options(recipe: Recipe, folder: Path, run: Path) -> list[str]:
+def options(recipe: Recipe, folder: Path, ranks: int) -> list[str]:
     """The recipe's files; and of what they say, sizes, paths and the number of devices alone are replaced."""
     sizes = {"global_batch_size": 8, "micro_batch_size": 4, "max_length": 256}
     rows = {"problems": 24, "held_out": 4}
     if recipe.weighting != "demo":
         rows = {"path": folder / "rows.jsonl", "num_samples": 24, "val_size": 4}
-    given = {"model.model_name": folder / (recipe.model or "demo"), "run_dir": run, "trainer.accelerator": "cpu"}
-    given |= {"trainer.devices": 2 if recipe.is_sharded else 1}
+    given = {
+        "model.model_name": folder / (recipe.model or "demo"),
+        "run_dir": folder / recipe.id,
+        "trainer.accelerator": "cpu",
+    }
+    given |= {"trainer.devices": ranks}
     given |= {
         "token_probabilities.figure": "false"
     }  # drawing takes longer than all the rest, and no recipe is about it
@@ -224,11 +245,11 @@ def options(recipe: Recipe, folder: Path, run: Path) -> list[str]:
     return configs(recipe.files) + [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
-def run(recipe: Recipe, folder: Path) -> list[int]:
+def run(recipe: Recipe, folder: Path, ranks: int = 1) -> list[int]:
     """Exit codes of a fit of two steps, a validation of it, and the fit resumed for the rest."""
     from dft_lightning.__main__ import main
 
-    given = options(recipe, folder, folder / recipe.id)
+    given = options(recipe, folder, ranks)
     steps = lambda count: ["--trainer.max_steps", str(count)]  # noqa: E731
     commands = [["fit", *given, *steps(2)], ["validate", *given, "--ckpt_path", "last"], ["fit", *given, *steps(STEPS)]]
     return [main(command) for command in commands]
@@ -238,4 +259,4 @@ def run_all(folder: Path, *names: str) -> None:
     """On each rank: the recipes of these names, one after another."""
     for recipe in (recipe for recipe in RUNNING if recipe.id in names):
         print(f"== {recipe.id}", flush=True)
-        assert run(recipe, folder) == [0, 0, 0], recipe.id
+        assert run(recipe, folder, int(os.environ["WORLD_SIZE"])) == [0, 0, 0], recipe.id

@@ -5,6 +5,7 @@ number of devices alone are replaced.
 """
 
 import io
+import shutil
 from collections import defaultdict
 from contextlib import redirect_stdout
 from itertools import combinations, product
@@ -24,6 +25,7 @@ from recipes import (
     STEPS,
     VALUES,
     Recipe,
+    compiled_once,
     configs,
     covering,
     pairs,
@@ -43,7 +45,8 @@ SAME = [
     (["base", "dft", "packing", "fast"], ["base", "dft", "fast"]),
     (["base", "dft", "lora", "qlora"], ["base", "dft", "qlora"]),
 ]
-CHOSEN = covering(RUNNING)
+CHOSEN = covering(RUNNING, compiled_once)
+SHARDED = [recipe for recipe in RUNNING if recipe.is_sharded]
 
 
 def rows_of(recipes_, exhaustive=False):
@@ -194,7 +197,7 @@ def assert_answers(exported: Path, stops: list[str]) -> None:
 
 class TestOneProcess:
     @pytest.mark.slow
-    @pytest.mark.parametrize("recipe", rows_of(each for each in CHOSEN if not each.is_sharded))
+    @pytest.mark.parametrize("recipe", rows_of(CHOSEN))
     def test_it_runs(self, recipe, folder):
         self.check(recipe, folder)
 
@@ -208,6 +211,7 @@ class TestOneProcess:
     def check(self, recipe, folder):
         assert run(recipe, folder) == [0, 0, 0]
         assert_exported(recipe, folder)
+        shutil.rmtree(folder / recipe.id)
 
 
 def grouped(recipes_):
@@ -215,25 +219,29 @@ def grouped(recipes_):
     groups = defaultdict(list)
     for each in recipes_:
         groups[each.weighting, each.model].append(each)
-    return groups
+    return groups.values()
 
 
 class TestTwoRanks:
+    """Recipes that shard the model."""
+
     @pytest.mark.slow
     def test_they_run(self, folder):
-        self.check([each for each in CHOSEN if each.is_sharded], folder)
+        """With and without blocks of every other kind but compilation."""
+        plain = Recipe("iw_sft", "qwen2.5-math-1.5b", "", "", "fsdp2", "")
+        full = Recipe("dft", "llama-3.1-8b", "lora", "packing", "fsdp2", "fsdp2-fp32-master")
+        self.check([plain, full], folder)
 
     @pytest.mark.slow
     @pytest.mark.exhaustive
-    @pytest.mark.parametrize(
-        "group",
-        grouped(each for each in RUNNING if each.is_sharded and each not in CHOSEN).items(),
-        ids=lambda group: "+".join(filter(None, group[0])),
-    )
-    def test_every_other_one(self, group, folder):
-        self.check(group[1], folder)
+    @pytest.mark.parametrize("group", grouped(SHARDED), ids=lambda group: "+".join(filter(None, group[0][:2])))
+    def test_every_one(self, group, folder):
+        self.check(group, folder)
 
     def check(self, recipes_, folder):
-        start(2, recipes.__file__, "run_all", folder, *(each.id for each in recipes_), seconds=300 + 60 * len(recipes_))
+        assert recipes_
+        seconds = 300 + 60 * len(recipes_)
+        start(2, recipes.__file__, "run_all", folder, *(each.id for each in recipes_), seconds=seconds)
         for each in recipes_:
             assert_exported(each, folder)
+            shutil.rmtree(folder / each.id)
