@@ -38,6 +38,7 @@ from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.parser import Parser
+from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import Change, identity_by_options, refuse
@@ -126,6 +127,9 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
+        if self.trainer is not None:
+            training = self.subcommand == "fit"
+            refuse_combinations(self.model, self.trainer, self.datamodule, training=training)
         if not self._stored:
             return
         now = identity_by_options(self.model.hparams)
@@ -224,12 +228,10 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
 
 
 def _with_settings_of_fsdp2(args: list[str]) -> list[str]:
-    """A strategy's short name takes no settings of its own; its class does."""
-    has_settings = any(word.startswith("--trainer.strategy.") for word in args)
-    pairs = {"--trainer.strategy=fsdp2": "--trainer.strategy=FSDP2Strategy"} if has_settings else {}
-    found = [pairs.get(word, word) for word in args]
+    """A strategy's short name has no settings, and would replace those of a configuration file; its class has them."""
+    found = ["--trainer.strategy=FSDP2Strategy" if word == "--trainer.strategy=fsdp2" else word for word in args]
     for place in range(1, len(found)):
-        if has_settings and found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
+        if found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
             found[place] = "FSDP2Strategy"
     return found
 

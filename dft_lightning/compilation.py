@@ -26,12 +26,20 @@ _OPTIONS: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": {"fa
 
 def refuse_changing_shapes(data: Any) -> None:
     """Batches of one shape come from a `ChatDataModule` that packs rows."""
-    if getattr(getattr(data, "options", None), "packing", None) is not True:
-        raise UserError("model.compile needs batches of one shape: set --data.packing true")
+    packing = getattr(getattr(data, "options", None), "packing", None)
+    if packing is not True:
+        raise UserError(
+            f"model.compile needs batches of one shape, and data.packing is {packing}: set --data.packing true"
+        )
 
 
 def compile_layers(decoder: nn.Module) -> None:
-    """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step."""
+    """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step.
+
+    What was compiled for an earlier model of this process is forgotten: layers of all models share one function, whose
+    variants torch limits to eight.
+    """
+    torch.compiler.reset()
     for layer in layers_of(decoder):
         layer.forward = _chosen(layer, layer.forward, torch.compile(layer.forward, **_OPTIONS))
 

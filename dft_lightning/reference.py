@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dft_lightning.embedded import cache_dir
+from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
 from dft_lightning.precision import precision_of
 from dft_lightning.sharding.initial import initial_network
@@ -70,7 +71,15 @@ def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: 
     """Give the data module the cached log-probabilities of what this run uses of `stages`, computed where missing.
 
     Where the live model is no longer the initial one, that is loaded beside it.
+
+    Raises:
+        UserError: the data are not those of a `ChatDataModule`, whose rows a cache is keyed by.
     """
+    if not hasattr(data, "rows_used"):
+        raise UserError(
+            f"{type(module.weighting).__name__} compares with the initial model, whose log-probabilities are cached by "
+            "row: train with a ChatDataModule, or set model.reference to copy"
+        )
     network = module.network
     assert network is not None
     if not module.is_initial:

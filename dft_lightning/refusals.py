@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
+from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.errors import UserError
 from dft_lightning.sharding import FSDP2Strategy
+from dft_lightning.sharding.initial import refuse_quantized, refuse_strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 from dft_lightning.weighting.composition import nested
@@ -46,6 +48,16 @@ def refuse(module: "FineTuner") -> None:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
     if not 0.0 <= module.warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
+
+
+def refuse_combinations(module: "FineTuner", trainer: pl.Trainer, data: object, *, training: bool) -> None:
+    """Model, data and trainer that do not go together: before rows are read and before other processes are started."""
+    refuse_strategy(trainer)
+    if training and module.compile_layers:
+        refuse_changing_shapes(data)
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        refuse_quantized(module.source)
+        trainer.strategy.refuse_precision(str(trainer.precision))
 
 
 def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:

@@ -251,10 +251,10 @@ class WeightedModule(pl.LightningModule):
         self.reference_weights = weights
 
     def _prepare_reference(self, stages: list[str]) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self.reference_in_force == "copy" and not self._initial:
             self._initial.append(initial_copy(self))
-        elif data is not None and self.reference_in_force == "cache":
+        elif self.reference_in_force == "cache":
             prepare_reference(self, data, stages)
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:

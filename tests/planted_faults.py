@@ -178,8 +178,8 @@ FAULTS = [
     fault(20, "padding masks the stop token", "data/batch.py", BEFORE,
           'before = np.flatnonzero(np.asarray(sequence["supervised"])[1:] & (tokens[1:] != self.pad_id))',
           f"{BATCH}test_padding_with_the_stop_token_does_not_mask_the_real_one"),
-    fault(21, "a resumed epoch begins anew", "data/loaders.py", 'self._resume["steps"] * sampler.micro_batches',
-          '0', f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
+    fault(21, "a resumed epoch begins anew", "data/loaders.py", 'state_dict["epoch"], steps * sampler.micro_batches',
+          'state_dict["epoch"], 0', f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
     fault(21, "an epoch's end is taken for its beginning", "data/loaders.py", '"epoch": epoch + done // sampler.steps', '"epoch": epoch',
           f"{CALLBACKS}checkpoints.py::test_a_run_in_two_parts_is_the_whole_run_to_the_bit"),
     fault(21, "dropout goes on by chance", "module.py", "        self._seed(number)\n        loss", "        loss",
@@ -450,6 +450,22 @@ FAULTS = [
           "tests/callbacks/test_environment.py::TestWhatIsKept::test_each_start_is_added"),
     fault(0, "the mean of ranks passes for the worst", "callbacks/throughput.py", 'float(of.max())', 'float(of.mean())',
           "tests/callbacks/test_throughput.py::test_ranks_are_added_up"),
+    fault(35, "workers start before there is a reference", "data/deferred.py", "        yield from super().__iter__()\n", "        return super().__iter__()\n",
+          "tests/data/test_deferred.py::test_training[fork]"),
+    fault(35, "workers of a validation start before there is a reference", "data/deferred.py", "        yield from super().__iter__()\n", "        return super().__iter__()\n",
+          f"{REFERENCES}TestWorkers::test_with_and_without_them"),
+    fault(35, "a collator is made before the shape is fixed", "data/deferred.py", "        self.build = build\n", "        self.build, self.collator = build, build()\n",
+          "tests/data/test_deferred.py::test_compiled_batches_have_one_shape_whoever_asks_early"),
+    fault(21, "a loader made early forgets where to resume", "data/loaders.py", "        sampler = self.sampler()  # the one", "        self._sampler = None\n        sampler = self.sampler()  # the one",
+          "tests/data/test_deferred.py::test_somebody_who_asks_for_the_number_of_steps_early_changes_nothing"),
+    fault(35, "rows that no cache knows go as far as the first step", "reference.py", 'if not hasattr(data, "rows_used"):', "if False:",
+          f"{REFERENCES}test_rows_that_no_cache_knows_are_refused"),
+    fault(0, "a strategy's short name replaces the settings of a file", "cli.py", 'found[place] = "FSDP2Strategy"', "pass",
+          "tests/test_cli.py::TestWhatCannotBe::test_the_short_name_keeps_the_settings_of_a_file"),
+    fault(0, "recipes that cannot be are refused after the rows are read", "cli.py", "            refuse_combinations(self.model", "            training or refuse_combinations(self.model",
+          "tests/test_recipes.py::TestRefused"),
+    fault(0, "what is compiled for all models of a process adds up", "compilation.py", "    torch.compiler.reset()\n", "",
+          f"{LAYERS}test_a_process_may_compile_many_models"),
 ]  # fmt: skip
 
 
@@ -479,7 +495,7 @@ def main(words: list[str]) -> int:
     chosen = [planted for planted in FAULTS if all(word in str(planted) for word in words)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for name in ("dft_lightning", "tests"):
+        for name in ("dft_lightning", "tests", "configs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))

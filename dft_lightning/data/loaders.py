@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dft_lightning.data.alignment import align, epochs_of, refuse_limits
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.data.deferred import DeferredCollate, DeferredLoader
 from dft_lightning.data.packing import Layout, Packed, Padded, Row
 from dft_lightning.data.rows import StageRows
 from dft_lightning.data.steps import Geometry, StepSampler
@@ -42,7 +44,6 @@ class StepLoaders(pl.LightningDataModule, ABC):
         self.fixed_shape = False
         """Whether all training batches are to have one shape (packed rows only); a module that compiles sets this."""
         self._sampler: StepSampler | None = None
-        self._resume = {"epoch": 0, "steps": 0}
         self._given: tuple[int, int | float | None] | None = None
 
     @property
@@ -61,7 +62,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
         if self._given is None:  # a trainer that fits twice brings what was set here
             refuse_limits(trainer)
             self._given = trainer.accumulate_grad_batches, trainer.val_check_interval
-        self._sampler, self._resume = None, {"epoch": 0, "steps": 0}
+        self._sampler = None
         align(trainer, self.sampler(), *self._given)
 
     @property
@@ -102,9 +103,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> "DataLoader[Batch]":
         """Micro-batches of the training steps; after a resume, from where the checkpoint was written."""
-        sampler = self.sampler()
-        sampler.epoch, sampler.start = self._resume["epoch"], self._resume["steps"] * sampler.micro_batches
-        return self._loader(self._rows("train"), sampler, "train")
+        return self._loader(self._rows("train"), self.sampler(), "train")
 
     def step(self, epoch: int, number: int) -> "list[Batch]":
         """This rank's micro-batches of one training step, as the loader gives them."""
@@ -156,10 +155,10 @@ class StepLoaders(pl.LightningDataModule, ABC):
     ) -> "DataLoader[Batch]":
         workers = self.options.num_workers if workers is None else workers
         dataset: Any = _Sequences(rows)
-        return DataLoader(
+        return DeferredLoader(
             dataset,
             batch_sampler=cast("Sampler[Any]", sampler),
-            collate_fn=self._collator(sampler, stage),
+            collate_fn=DeferredCollate(partial(self._collator, sampler, stage)),
             num_workers=workers,
             worker_init_fn=only_from_the_parent if workers else None,
             generator=torch.Generator(),  # it draws from the global one otherwise
@@ -203,7 +202,9 @@ class StepLoaders(pl.LightningDataModule, ABC):
         """Continue there; `FineTuner` refuses another `identity`."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        self._resume = {"epoch": state_dict["epoch"], "steps": min(state_dict["steps"], self.sampler().steps)}
+        sampler = self.sampler()  # the one that the training loader has, or will have
+        steps = min(state_dict["steps"], sampler.steps)
+        sampler.epoch, sampler.start = state_dict["epoch"], steps * sampler.micro_batches
 
 
 class _Sequences(Dataset[list[dict[str, Any]]]):
