@@ -1,11 +1,15 @@
 """Options of a run that would be ignored or computed wrongly: refused before anything is loaded."""
 
+import os
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 
+from dft_lightning import embedded
+from dft_lightning.embedding_rows import check_resize
 from dft_lightning.errors import UserError
+from dft_lightning.models import ModelSource
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
@@ -36,6 +40,8 @@ def refuse(module: "FineTuner") -> None:
         )
     if module.reference == "adapter_off" and module.lora is None:
         raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
+    check_resize(module)
+    refuse_revision(module.source)
     if module.source.quantization is not None and module.lora is None:
         raise UserError(
             f"model.quantization is {module.source.quantization}, but weights in 4 bits are not trained: set "
@@ -46,6 +52,15 @@ def refuse(module: "FineTuner") -> None:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
     if not 0.0 <= module.warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
+
+
+def refuse_revision(source: ModelSource) -> None:
+    """A folder has no revisions: transformers would ignore one."""
+    if source.revision is not None and (source.name == embedded.NAME or os.path.isdir(source.name)):
+        raise UserError(
+            f"model.revision is {source.revision!r}, but the model {source.name!r} is not from the hub, and has no "
+            "revisions: leave it out"
+        )
 
 
 def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
