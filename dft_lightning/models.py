@@ -107,6 +107,7 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     from transformers import AutoTokenizer
 
     from dft_lightning.data.rendering import load_chat_template
+    from dft_lightning.data.template_tokens import warn_of_unknown_tokens
 
     with loading("tokenizer", source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -114,6 +115,7 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
         )
     if chat_template is not None:
         tokenizer.chat_template = load_chat_template(chat_template)
+        warn_of_unknown_tokens(tokenizer.chat_template, tokenizer)
     return tokenizer
 
 

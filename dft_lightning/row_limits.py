@@ -8,13 +8,15 @@ Shapes: T tokens of a row.
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dft_lightning.embedding_rows import largest_id, prepare_source
 from dft_lightning.errors import UserError
@@ -125,34 +127,41 @@ def window_of(config: Any) -> int | None:
 
 
 def position_limit(base: Any, positions: int) -> int | None:
-    """How many positions a decoder has a table for, where these are fewer than `positions`; else None.
-
-    Found by its first layer at single positions, on weights that are all one stored zero.
-    """
-    decoder = _hollow(base).get_decoder()
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return None  # it is told no positions: recurrent, or by distances alone
-    if not _accepts(decoder, 0) or _accepts(decoder, positions - 1):
+    """How many positions a decoder takes, where these are fewer than `positions`; else None."""
+    accepts = _probe(base)
+    if not accepts(1) or accepts(positions):
         return None
-    known, beyond = 0, positions - 1  # the last position that is known to be there, and one that is not
+    known, beyond = 1, positions  # so many are taken, and so many are not
     while beyond - known > 1:
         middle = (known + beyond) // 2
-        known, beyond = (middle, beyond) if _accepts(decoder, middle) else (known, middle)
-    return known + 1
+        known, beyond = (middle, beyond) if accepts(middle) else (known, middle)
+    return known
 
 
-def _hollow(base: Any) -> Any:
-    """A model like this on the CPU, in shapes that take no memory."""
+def _probe(base: Any) -> Callable[[int], bool]:
+    """Says whether so many positions get through the first layer of a model like this.
+
+    Where it is told positions, by the last of them alone, on weights that are all one stored zero: beyond the end of a
+    table there is no row. Where it is not (ALiBi), by the shapes of a row of that length.
+    """
     config = copy.deepcopy(base.config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        model = type(base)(config)
+        model: Any = type(base)(config).eval()
+    if "position_ids" in inspect.signature(model.get_decoder().forward).parameters:
+        _fill_with_zeros(model)
+        token = torch.zeros(1, 1).long()
+        return lambda count: _passes(model.get_decoder(), input_ids=token, position_ids=torch.tensor([[count - 1]]))
+    return lambda count: _passes(model.get_decoder(), input_ids=torch.zeros(1, count, device="meta").long())
+
+
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Put tensors on the CPU in place of the meta device's, of which none takes memory."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = _zeros(tensor)
-    return model.eval()
+                    held[name] = _zeros(tensor)  # type: ignore[assignment]
 
 
 def _zeros(like: Tensor) -> Tensor:
@@ -160,6 +169,15 @@ def _zeros(like: Tensor) -> Tensor:
     dtype = torch.float32 if like.is_floating_point() else like.dtype
     zeros = torch.zeros((), dtype=dtype).expand(like.shape)
     return nn.Parameter(zeros, requires_grad=False) if isinstance(like, nn.Parameter) else zeros
+
+
+class _ZeroProducts(TorchFunctionMode):
+    """Products with weights that are zero, without reading these: they would be copied to be multiplied."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) > 1:
+            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _LayerReachedError(Exception):
@@ -171,15 +189,16 @@ def _reached(*_: Any) -> NoReturn:
 
 
 @torch.no_grad()
-def _accepts(decoder: nn.Module, position: int) -> bool:
-    """Whether a token at this position gets through the first layer."""
+def _passes(decoder: nn.Module, **given: Tensor) -> bool:
+    """Whether these inputs get through the first layer."""
     layers = next((part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part)), None)
     hook = None if layers is None else layers[0].register_forward_hook(_reached)
     try:
-        decoder(input_ids=torch.zeros(1, 1).long(), position_ids=torch.tensor([[position]]), use_cache=False)
+        with _ZeroProducts():
+            decoder(**given, use_cache=False)
     except _LayerReachedError:
         return True
-    except (IndexError, RuntimeError):  # what torch raises beyond the end of a table
+    except (IndexError, RuntimeError):  # what torch raises beyond the end of a table, or for shapes that do not fit
         return False
     finally:
         if hook is not None:
