@@ -44,6 +44,7 @@ class ModelSource:
     compute: torch.dtype = torch.float32
     """In what the products with quantized weights are computed."""
     allow_missing: list[str] = field(default_factory=list)
+    """Names or glob patterns of weights that the checkpoint may lack, or have without use."""
     seed: int = 0
     """Of weights that are in no checkpoint."""
     embedding_rows: int | None = None
@@ -107,12 +108,13 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     from transformers import AutoTokenizer
 
     from dft_lightning.data.rendering import load_chat_template
-    from dft_lightning.data.template_tokens import warn_of_unknown_tokens
+    from dft_lightning.data.tokenizer_checks import check_reads_text, warn_of_unknown_tokens
 
     with loading("tokenizer", source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+    check_reads_text(tokenizer, source.name)
     if chat_template is not None:
         tokenizer.chat_template = load_chat_template(chat_template)
         warn_of_unknown_tokens(tokenizer.chat_template, tokenizer)

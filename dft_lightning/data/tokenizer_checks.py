@@ -1,14 +1,30 @@
-"""Tokens that a chat template writes, and that a tokenizer does not have."""
+"""What a tokenizer cannot read: text at all, where its files are missing, or the special tokens of a chat template."""
 
 import re
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dft_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")  # as <|im_start|>; other brackets are plain text in many templates
+
+
+_TEXT = "Some text: 1 + 1 = 2."
+
+
+def check_reads_text(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes of many families where no files are."""
+    ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    if set(ids) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
+        raise UserError(
+            f"the tokenizer of {name!r} reads text as unknown or as nothing (it has {len(tokenizer)} tokens), as where its "
+            "files (tokenizer.json, or tokenizer.model, or vocab.json and merges.txt) are missing: copy them there, or "
+            "name the folder or model that has them in --model.tokenizer_name"
+        )
 
 
 def unknown_tokens(template: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
