@@ -21,7 +21,7 @@ def check_reads_text(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     if set(ids) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
         raise UserError(
-            f"the tokenizer of {name!r} reads text as unknown or as nothing (it has {len(tokenizer)} tokens), as where its "
+            f"the tokenizer of {name!r} reads text as unknown or as nothing ({len(tokenizer)} tokens), as where its "
             "files (tokenizer.json, or tokenizer.model, or vocab.json and merges.txt) are missing: copy them there, or "
             "name the folder or model that has them in --model.tokenizer_name"
         )
