@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dft_lightning.models import ModelSource
 
 _SHOWN = 8  # groups of names in a message
+_MASKS = {"bias", "masked_bias", "causal_mask"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -44,9 +45,9 @@ class Differences:
     def of(info: Mapping[str, Any], model: Any) -> "Differences":
         """From the loading info of transformers, which has left out what the model's class declares as optional.
 
-        A buffer that the model computes itself (rotary frequencies, causal masks) is no weight, wherever it is.
+        What the model computes itself (rotary frequencies, causal masks) is no weight, though older files have it.
         """
-        buffers = {name for name, _ in model.named_buffers()}
+        buffers = {name for name in info["unexpected_keys"] if _is_computed(name, model)}
         mismatched = {name: (tuple(file), tuple(own)) for name, file, own in info["mismatched_keys"]}
         return Differences(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]) - buffers, mismatched)
 
@@ -121,6 +122,14 @@ def _allowed(found: Differences, source: "ModelSource") -> Iterator[str]:
             f"model.allow_missing: {len(found.unused)} weights of the checkpoint of {source.name!r} are left out: "
             f"{abbreviated(found.unused)}"
         )
+
+
+def _is_computed(name: str, model: Any) -> bool:
+    """Whether this is a buffer of the model, or of an earlier version: a mask was a `bias` of the attention itself."""
+    owner, _, own = name.rpartition(".")
+    composed = (where for where, module in model.named_modules() if next(module.children(), None) is not None)
+    is_mask = own in _MASKS and any(f".{where}".endswith(f".{owner}") for where in composed if where)
+    return is_mask or any(name == buffer for buffer, _ in model.named_buffers())
 
 
 def _hint(found: Differences) -> str:

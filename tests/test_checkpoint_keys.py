@@ -9,6 +9,7 @@ import torch
 from conftest import sums, tiny_model, tiny_tokenizer, write_jsonl
 from harness import fit
 from safetensors.torch import load_file, save_file
+from test_row_limits import config
 from transformers import AutoModelForCausalLM
 
 from dft_lightning.__main__ import main
@@ -105,6 +106,29 @@ def test_buffers_that_are_computed_are_no_weights(tmp_path):
     """Files of earlier versions have rotary frequencies."""
     extra = {f"model.{name}.inv_freq": torch.ones(4) for name in ("rotary_emb", "layers.0.self_attn.rotary_emb")}
     load_model(ModelSource(str(saved(tmp_path, lambda state: state | extra))))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeo", "GPTJ", "GPTBigCode"])
+def test_causal_masks_of_earlier_versions_are_no_weights(tmp_path, family):
+    """A bias of a linear layer is one."""
+    model = AutoModelForCausalLM.from_config(config(family))
+    ending = "attn.attention" if family == "GPTNeo" else "attn"
+    attention = next(name for name, _ in model.named_modules() if name.endswith(ending))
+    state = model.state_dict() | {f"{attention}.bias": torch.ones(1, 1, 8, 8).bool()}
+    state[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+    config(family).save_pretrained(tmp_path)
+    for name in [name for name in state if name == "lm_head.weight"]:
+        state[name] = state[name].clone()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelSource(str(tmp_path)))
+    linear = next(
+        name for name, layer in model.named_modules() if name.startswith(attention) and not [*layer.children()]
+    )
+    save_file(
+        state | {f"{linear}.masked_bias": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"1 in it that the model does not use: .*\.masked_bias"):
+        load_model(ModelSource(str(tmp_path)))
 
 
 class TestAllowed:
