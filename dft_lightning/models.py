@@ -5,7 +5,7 @@ Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,9 @@ from dft_lightning import embedded, varlen
 from dft_lightning.adapters import LoRA as LoRA
 from dft_lightning.adapters import add_lora as add_lora
 from dft_lightning.attention import check_borders, implementation_of, inputs
+from dft_lightning.checkpoint_keys import read_weights
 from dft_lightning.data.batch import Batch
+from dft_lightning.embedding_rows import config_with_rows, grow
 from dft_lightning.errors import UserError
 from dft_lightning.logits import splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
@@ -41,6 +43,12 @@ class ModelSource:
     quantization: Quantization | None = None
     compute: torch.dtype = torch.float32
     """In what the products with quantized weights are computed."""
+    allow_missing: list[str] = field(default_factory=list)
+    """Names or glob patterns of weights that the checkpoint may lack, or have without use."""
+    seed: int = 0
+    """Of weights that are in no checkpoint."""
+    embedding_rows: int | None = None
+    """How many rows the embedding and the head are enlarged to; None for as many as the checkpoint has."""
 
     def path(self) -> str:
         """A folder or a hub name; the embedded model is converted here, on its first use."""
@@ -82,11 +90,12 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
     with loading("weights", source):
         model: Any
         if empty:
-            config = AutoConfig.from_pretrained(source.path(), **place)
+            config = config_with_rows(AutoConfig.from_pretrained(source.path(), **place), source.embedding_rows)
             model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **kind)
         else:
-            model = auto.from_pretrained(source.path(), **kind, **place, **packed)
+            model = read_weights(auto.from_pretrained, source, kind | place | packed)
             make_exact(model)
+            grow(model, source.embedding_rows, source.seed)
     return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
 
 
@@ -99,13 +108,16 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     from transformers import AutoTokenizer
 
     from dft_lightning.data.rendering import load_chat_template
+    from dft_lightning.data.tokenizer_checks import check_reads_text, warn_of_unknown_tokens
 
     with loading("tokenizer", source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+    check_reads_text(tokenizer, source.name)
     if chat_template is not None:
         tokenizer.chat_template = load_chat_template(chat_template)
+        warn_of_unknown_tokens(tokenizer.chat_template, tokenizer)
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from dft_lightning.optimization import papers_adamw, restore_settings, schedule,
 from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
+from dft_lightning.row_limits import check_limits
 from dft_lightning.scoring import Reference, WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
@@ -63,6 +64,10 @@ class FineTuner(WeightedModule):
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model; only for sources you trust.
+        allow_missing: names or glob patterns of weights that may be missing from the model's checkpoint or have another
+            shape there (they are initialised from the seed), or that the model does not use, e.g. '["lm_head.weight"]'.
+        resize_embeddings: enlarge the embedding and the output head where the tokenizer has more tokens than they have
+            rows; a number rounds the rows up to a multiple of it. All new rows are trained, with LoRA too.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class FineTuner(WeightedModule):
         max_skipped_steps: int = 20,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        allow_missing: list[str] | None = None,
+        resize_embeddings: bool | int = False,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in {"self", "optimizer", "__class__"}}
         super().__init__()
@@ -100,6 +107,7 @@ class FineTuner(WeightedModule):
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.source.quantization, self.dtype_choice, self.normalize = quantization, dtype, normalize
         self.tokenizer_name, self.chat_template = tokenizer_name, chat_template
+        self.source.allow_missing, self.resize_embeddings = [*(allow_missing or [])], resize_embeddings
         self.reference, self.chunk_rows, self.logits = reference, chunk_rows, logits
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
@@ -119,6 +127,7 @@ class FineTuner(WeightedModule):
         """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
         data: Any = getattr(self.trainer, "datamodule", None)
         check_data_weights(self.weighting, data, stage)
+        check_limits(self, data)
         if self.old_policy is not None:
             self.old_policy.forget()  # of an earlier fit; that of a checkpoint comes after this
         if stage == "fit" and self.compile_layers:

@@ -1,12 +1,16 @@
 """Options of a run that would be ignored or computed wrongly: refused before anything is loaded."""
 
+import os
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 
+from dft_lightning import embedded
 from dft_lightning.compilation import refuse_changing_shapes
+from dft_lightning.embedding_rows import check_resize
 from dft_lightning.errors import UserError
+from dft_lightning.models import ModelSource
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_quantized, refuse_strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
@@ -38,6 +42,8 @@ def refuse(module: "FineTuner") -> None:
         )
     if module.reference == "adapter_off" and module.lora is None:
         raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
+    check_resize(module)
+    refuse_revision(module.source)
     if module.source.quantization is not None and module.lora is None:
         raise UserError(
             f"model.quantization is {module.source.quantization}, but weights in 4 bits are not trained: set "
@@ -58,6 +64,15 @@ def refuse_combinations(module: "FineTuner", trainer: pl.Trainer, data: object, 
     if isinstance(trainer.strategy, FSDP2Strategy):
         refuse_quantized(module.source)
         trainer.strategy.refuse_precision(str(trainer.precision))
+
+
+def refuse_revision(source: ModelSource) -> None:
+    """A folder has no revisions: transformers would ignore one."""
+    if source.revision is not None and (source.name == embedded.NAME or os.path.isdir(source.name)):
+        raise UserError(
+            f"model.revision is {source.revision!r}, but the model {source.name!r} is not from the hub, and has no "
+            "revisions: leave it out"
+        )
 
 
 def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:

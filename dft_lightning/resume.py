@@ -40,7 +40,8 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
         "model": {"name": _place(hparams["model_name"])},
         "weighting": {"": hparams["weighting"]},
         "normalize": {"": hparams["normalize"]},
-        "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")},
+        "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")}
+        | {"resize_embeddings": hparams.get("resize_embeddings") or None},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
 

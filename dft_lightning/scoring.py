@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.embedding_rows import prepare_source, train_embeddings
 from dft_lightning.errors import UserError
 from dft_lightning.logprob import ReferenceHead
 from dft_lightning.metrics import TokenMeans, token_sums
@@ -46,6 +47,7 @@ class WeightedModule(pl.LightningModule):
     dtype_choice: Precision
     chat_template: str | None
     tokenizer_name: str | None
+    resize_embeddings: bool | int
     reference: Reference
     chunk_rows: int | None
     logits: Literal["float32", "bfloat16"]
@@ -79,11 +81,9 @@ class WeightedModule(pl.LightningModule):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with the chat template in force."""
-        source = (
-            self.source
-            if self.tokenizer_name is None
-            else replace(self.source, name=self.tokenizer_name, revision=None)
-        )
+        source = self.source
+        if self.tokenizer_name is not None:
+            source = replace(source, name=self.tokenizer_name, revision=None)
         return load_tokenizer(source, self.chat_template)
 
     @property
@@ -92,7 +92,7 @@ class WeightedModule(pl.LightningModule):
         needed = {"ref_logp", REF_DISTRIBUTION} & self.weighting.needs
         if not needed or self.reference != "auto":
             return self.reference if needed else None
-        if self.lora is not None:
+        if self.lora is not None and self.resize_embeddings is False:
             return "adapter_off"
         return "copy" if REF_DISTRIBUTION in needed else "cache"
 
@@ -109,8 +109,9 @@ class WeightedModule(pl.LightningModule):
 
     def initial_model(self, *, empty: bool = False) -> Any:
         """The model as it is before any training, adapters included; or its shape alone, see `load_model`."""
-        model = load_model(self.source, empty=empty)
-        return model if self.lora is None else add_lora(model, self.lora)
+        model = load_model(prepare_source(self), empty=empty)
+        model = model if self.lora is None else add_lora(model, self.lora)
+        return model if self.resize_embeddings is False else train_embeddings(model)
 
     @property
     def _precision(self) -> str:

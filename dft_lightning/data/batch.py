@@ -184,13 +184,15 @@ def _starts(lengths: list[list[int]], width: int) -> list[int]:
 def _borders(lengths: list[list[int]], shape: tuple[int, ...], most: int | None) -> dict[str, Any]:
     """What tells attention where documents begin and end; a row's padding is a document of its own.
 
-    Filled up to `most` documents by empty ones.
+    Filled up to `most` documents by empty ones. Positions of padding begin again where they would exceed those of the
+    sequences: a model with a table of positions has to have room for the sequences alone.
     """
     rows, width = shape
     filled = [*lengths, *[[] for _ in range(rows - len(lengths))]]
     documents = np.array([size for row in filled for size in (*row, width - sum(row)) if size], dtype=np.int64)
     ends = np.cumsum(documents)
     positions = np.arange(rows * width) - np.repeat(ends - documents, documents)
+    positions %= max((size for row in lengths for size in row), default=1)
     empty = np.full(max((most or 0) - len(ends), 0), rows * width)
     return {
         "position_ids": torch.from_numpy(positions.reshape(rows, width)),

@@ -16,6 +16,11 @@ _QUANTIZED = {
     True: "in 4 bits (nf4); these weights are what those stand for, and the adapter's product",
 }
 
+_ENLARGED = (
+    "trained in full and part of this folder; before the adapter is loaded, call `resize_token_embeddings` of the base "
+    "model with as many rows as `embed_tokens` has in `adapter_model.safetensors`"
+)
+
 
 def card(
     options: Mapping[str, Any],
@@ -39,6 +44,8 @@ def card(
     if options["lora"] is not None:
         given = ", ".join(f"{key} {value}" for key, value in options["lora"].items())
         objective["LoRA"] = f"{given}; {'merged into the weights' if merged else 'this folder is the adapter'}"
+    if options.get("resize_embeddings") and options["lora"] is not None and not merged:
+        objective["Embedding and head"] = _ENLARGED
     if options.get("quantization") is not None:
         objective["Base as it was trained"] = _QUANTIZED[merged]
     objective["Optimizer steps"] = f"{step:,} of {facts['settings']['steps']:,}"

@@ -70,7 +70,7 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
-    adapted = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    adapted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     counted = adapted if kind == "an adapter" else dict(model.named_parameters())
     return {"kind": kind, "parameters": sum(weight.numel() for weight in counted.values()), "step": stored.step}
 

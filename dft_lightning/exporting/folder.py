@@ -41,7 +41,7 @@ def write_model(model: Any, tokenizer: Any, folder: Path, card: str, shard: str 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished, max_shard_size=shard)
+        model.save_pretrained(unfinished, max_shard_size=shard, **_embeddings(model))
         tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(card)
         _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")
@@ -50,6 +50,12 @@ def write_model(model: Any, tokenizer: Any, folder: Path, card: str, shard: str 
         raise UserError(f"{folder} could not be written ({error}): make room, or choose another place") from error
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _embeddings(model: Any) -> dict[str, bool]:
+    """An adapter next to which the embedding and the head were trained is written with both."""
+    is_trained = hasattr(model, "peft_config") and model.get_input_embeddings().weight.requires_grad
+    return {"save_embedding_layers": True} if is_trained else {}
 
 
 def _all_may_read_what_the_umask_allows(folder: Path, like: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.checkpointing import read
+from dft_lightning.embedding_rows import config_with_rows, rows_stored, train_embeddings
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA, ModelSource, add_lora, load_model, load_tokenizer, loading
 from dft_lightning.quantization import Quantization, leave_out_of_states, read_out
@@ -49,7 +50,14 @@ class Stored:
             trust_remote_code=options["trust_remote_code"],
             quantization=self.quantization,
             compute=dtype,
+            allow_missing=options.get("allow_missing") or [],
+            seed=int(self.facts["settings"]["seed"]),
         )
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether embedding and head were enlarged, and trained next to an adapter."""
+        return bool(self.options.get("resize_embeddings"))
 
     def tokenizer(self, model_name: str | None = None) -> Any:
         """The run's tokenizer, with the chat template it had."""
@@ -67,6 +75,8 @@ class Stored:
             UserError: the configuration cannot be loaded, or is not of these weights.
         """
         source = self.source(model_name)
+        if self.trains_embeddings:
+            source.embedding_rows = rows_stored(_without_weights(source), self.weights)
         model = self._filled(_without_weights(source), source)
         if self.quantization is None:
             (model if self.options["lora"] is None else model.get_base_model()).tie_weights()
@@ -98,6 +108,8 @@ class Stored:
         if lora is not None:
             with torch.device(model.device):
                 model = add_lora(model, LoRA(**lora))
+        if self.trains_embeddings:
+            train_embeddings(model)
         if self.quantization is not None:
             leave_out_of_states(model)
         try:
@@ -117,6 +129,7 @@ def _without_weights(source: ModelSource) -> Any:
     options: dict[str, Any] = {"revision": source.revision}
     with loading("configuration", source):
         config = AutoConfig.from_pretrained(source.path(), trust_remote_code=source.trust_remote_code, **options)
+        config = config_with_rows(config, source.embedding_rows)
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
             model = build(config, dtype=source.dtype, trust_remote_code=source.trust_remote_code)

@@ -12,6 +12,7 @@ from lightning.fabric.connector import _convert_precision_to_unified_args
 from dft_lightning.models import WeightedLM
 from dft_lightning.precision import held_and_computed, refuse_logits
 from dft_lightning.recomputation import recompute
+from dft_lightning.row_limits import check_limits
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -60,6 +61,8 @@ class Subject:
     def network(self) -> WeightedLM:
         """The initial model, in evaluation mode."""
         module = self.module
+        assert len(self.rows)  # they are read here
+        check_limits(module, self.data)
         module.source.dtype, module.source.compute = held_and_computed(module.dtype_choice, self.precision)
         refuse_logits(module.logits, module.source.dtype, self.precision)
         network = WeightedLM(module.initial_model())

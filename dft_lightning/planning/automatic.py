@@ -54,6 +54,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         targets=targets_of(module.weighting),
         dealing=Dealing.of(trainer),
         four_bits=module.source.quantization is not None,
+        embeddings_trained=module.resize_embeddings is not False,
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.embedding_rows import train_embeddings
 from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
@@ -51,6 +52,7 @@ class Load:
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
         four_bits: whether weights beside adapters are held in 4 bits.
+        embeddings_trained: whether embedding and head are trained next to adapters.
     """
 
     config: Any
@@ -72,6 +74,7 @@ class Load:
     targets: int = 0
     dealing: Dealing | None = None
     four_bits: bool = False
+    embeddings_trained: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -84,7 +87,8 @@ class Load:
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
-        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits))
+        model = skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits)
+        return WeightedLM(train_embeddings(model) if self.embeddings_trained else model)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         together=load.together,
         targets=load.targets,
         four_bits=load.four_bits,
+        embeddings_trained=load.embeddings_trained,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:

@@ -10,6 +10,7 @@ import torch
 from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
+from dft_lightning.embedding_rows import config_with_rows, prepare_source
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
@@ -19,6 +20,7 @@ from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
 from dft_lightning.precision import refuse_logits, weights_dtype
 from dft_lightning.recomputation import Recomputation
+from dft_lightning.row_limits import check_limits
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -117,9 +119,10 @@ class Plan:
 
 def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: Place, options: Options) -> Plan:
     """Plan a fit of the module on the data."""
+    prepare_source(module)
     dtype = weights_dtype(module.dtype_choice, options.precision)
     load = Load(
-        config=config,
+        config=config_with_rows(config, module.source.embedding_rows),
         lora=module.lora,
         dtype=dtype,
         precision=options.precision,
@@ -137,6 +140,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         targets=targets_of(module.weighting),
         dealing=options.dealing,
         four_bits=module.source.quantization is not None,
+        embeddings_trained=module.resize_embeddings is not False,
     )
     refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
@@ -147,6 +151,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
     flops, unknown = _flops(network)
     work = work_of(data, lambda: module.tokenizer, options.limits, flops)
     check_data_weights(module.weighting, data, "fit")
+    check_limits(module, data)
     load = replace(load, shape=work.largest, accumulates=work.micro_batches > 1)
     kind, need = _in_force(module, load)
     advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options)
@@ -221,7 +226,8 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
         for other in KINDS[KINDS.index(kind) :]:
             added = "" if other == kind else f" --model.activation_checkpointing {other}"
             yield f"{given}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
-    if not load.four_bits and load.dealing is None and not (load.lora and load.lora.dora):
+    possible = load.dealing is None and not load.embeddings_trained and not (load.lora and load.lora.dora)
+    if not load.four_bits and possible:
         adapters = "" if load.lora else "--model.lora.rank 8 "
         four = replace(load, lora=load.lora or LoRA(), four_bits=True)
         yield f"{full} {adapters}--model.quantization nf4", four, "full"
