@@ -264,7 +264,7 @@ def begin_at_the_model(model: nn.Module) -> None:
     for layer, name, magnitude in _magnitudes(model):
         factor = layer.lora_A[name].weight if name in layer.lora_A else layer.lora_embedding_A[name]
         weight = weight_of(layer.get_base_layer()).to(factor.dtype)
-        lengths = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
+        lengths = magnitude.get_weight_norm(weight, weight.new_zeros(()), 1.0)  # an embedding's is transposed
         magnitude.weight.copy_(lengths)
 
 
