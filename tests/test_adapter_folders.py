@@ -385,3 +385,38 @@ class TestCommands:
             assert main([command, *given]) == 0
             assert main([command, *given, "--ckpt_path", "last"]) == 0
         assert main(["fit", *given, "--trainer.max_steps", "2"]) == 0
+
+
+class TestOfTheHub:
+    @pytest.fixture
+    def hub(self, trained, tmp_path, monkeypatch):
+        """A cache with an adapter and, at another revision than the newest, its base."""
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        for name, revision, source in (
+            ("adapter", "main", trained["plain"][0]),
+            ("base", "old", trained["plain"][0].parent / "base"),
+        ):
+            place = tmp_path / f"models--someone--{name}"
+            shutil.copytree(source, place / "snapshots" / ("0" * 40))
+            (place / "refs").mkdir()
+            (place / "refs" / revision).write_text("0" * 40)
+        path = tmp_path / "models--someone--adapter" / "snapshots" / ("0" * 40) / CONFIG
+        named = {"base_model_name_or_path": "someone/base", "revision": "old"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | named))
+
+    @pytest.mark.parametrize("how", ["continue", "merge"])
+    def test_a_repository_is_an_adapter_as_well(self, hub, trained, how):
+        tuner = FineTuner("someone/adapter", ImportanceWeighted(), adapter=how)
+        tuner.configure_model()
+        truth = trained["plain"][1]
+        torch.testing.assert_close(logits(tuner.model), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+        assert tuner.tokenizer.eos_token == "<|im_end|>"
+        if how == "continue":
+            config = tuner.model.peft_config["default"]
+            assert (config.base_model_name_or_path, config.revision) == ("someone/base", "old")
+
+    def test_and_wants_a_choice(self, hub):
+        with pytest.raises(UserError, match=r"'someone/adapter' is an adapter"):
+            FineTuner("someone/adapter", ImportanceWeighted()).configure_model()
