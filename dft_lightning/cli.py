@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -38,6 +39,7 @@ from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.parser import Parser
+from dft_lightning.precision import refuse_precision, refuse_precision_name
 from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
@@ -103,6 +105,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if isinstance(config.trainer.strategy, str):
             refuse_name(config.trainer.strategy)
+        refuse_precision_name(self._precision, config.trainer.accelerator)
         asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
         if fit and is_started_again(self.run_dir):
             config.overwrite = False
@@ -130,6 +133,8 @@ class CommandLine(LightningCLI):
         if self.trainer is not None:
             training = self.subcommand == "fit"
             refuse_combinations(self.model, self.trainer, self.datamodule, training=training)
+        _ = self.model.adapter_folder  # what model_name stands for is read here, before anything heavy
+        refuse_precision(self.model, self._precision)
         if not self._stored:
             return
         now = identity_by_options(self.model.hparams)
@@ -137,6 +142,12 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":  # another weighting may look at the model, but its tensors have to fit
             now = {"lora": now["lora"]}
         refuse(identity_by_options(self._stored), now, self.model.allow_changes)
+
+    @property
+    def _precision(self) -> str:
+        """`trainer.precision`, in full."""
+        given = self.config[self.subcommand].trainer.precision
+        return str(_convert_precision_to_unified_args(given) or "32-true")
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""

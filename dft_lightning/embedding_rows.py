@@ -54,7 +54,8 @@ def train_embeddings(model: Any) -> Any:
     A new row that is frozen stays near the mean of the others, and its token means nothing.
     """
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.requires_grad_(True)
+        if not hasattr(layer, "original_module"):  # of modules_to_save a copy is trained
+            layer.requires_grad_(True)
     return model
 
 

@@ -24,6 +24,6 @@ def splits(network: "WeightedLM", head: nn.Linear) -> bool:
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
     states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = network._transform_of(head).forward_((states @ head.weight.T).to(wide))
+    ours = network._transform_of(head).forward_((states @ head.weight.to(states.dtype).T).to(wide))
     network.train(training)
     return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning import embedded, varlen
+from dft_lightning.adapter_folders import refuse_adapter
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.adapters import LoRA as LoRA
 from dft_lightning.adapters import add_lora as add_lora
+from dft_lightning.adapters import in_force
 from dft_lightning.attention import check_borders, implementation_of, inputs
 from dft_lightning.checkpoint_keys import read_weights
 from dft_lightning.data.batch import Batch
@@ -28,6 +31,7 @@ from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PLACES = "a local folder with config.json, weights and tokenizer, a name on the hub (with network)"
 Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
@@ -49,6 +53,8 @@ class ModelSource:
     """Of weights that are in no checkpoint."""
     embedding_rows: int | None = None
     """How many rows the embedding and the head are enlarged to; None for as many as the checkpoint has."""
+    named_by: str = ""
+    """What a message adds to the name, where it is not the user who gives it."""
 
     def path(self) -> str:
         """A folder or a hub name; the embedded model is converted here, on its first use."""
@@ -64,9 +70,11 @@ def loading(what: str, source: ModelSource) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, safetensors, tokenizers and the hub share no class of error
         reason = " ".join(str(error).split())
+        advice = f"give --model.model_name {_PLACES}, or {embedded.NAME!r}"
+        if source.named_by:
+            advice = f"set base_model_name_or_path there to {_PLACES}"
         raise UserError(
-            f"cannot load the {what} of model {source.name!r}: {reason[:300]} — give --model.model_name a local folder "
-            f"with config.json, weights and tokenizer, a name on the hub (with network), or {embedded.NAME!r}"
+            f"cannot load the {what} of model {source.name!r}{source.named_by}: {reason[:300]} — {advice}"
         ) from error
 
 
@@ -77,10 +85,11 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
         empty: without reading weights: to be called with the meta device as torch's own, it is a shape alone.
 
     Raises:
-        UserError: it cannot be found or read, or does not know the attention implementation.
+        UserError: it cannot be found or read, is an adapter, or does not know the attention implementation.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_adapter(source)
     varlen.register()
     auto: Any = AutoModelForCausalLM
 
@@ -142,19 +151,26 @@ class WeightedLM(nn.Module):
             leave_out_of_states(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightedLM":
-        """Move or cast the parameters, but keep the precision of buffers.
+        """Move or cast the parameters, but keep the precision of buffers and adapters.
 
-        A half-precision run casts the whole module, and rotary frequencies rounded to bfloat16 are wrong positions.
+        A half-precision run casts the whole module, and rotary frequencies rounded to bfloat16 are wrong positions, and
+        most updates of an adapter in bfloat16 are lost. Adapters have the precision that their options say.
         """
-        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            owner, _, own = name.rpartition(".")
-            module = self.get_submodule(owner)
-            now = self.get_buffer(name)
-            if now.is_meta or not buffer.is_meta:  # else it has just been given its memory
-                module._buffers[own] = buffer.to(now.device)
+        kept = self._of_own_precision()
+
+        def moved(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return tensor.to(applied.device) if id(tensor) in kept and applied.dtype != tensor.dtype else applied
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _of_own_precision(self) -> dict[int, Tensor]:
+        """Buffers, adapters and the adapters' gradients, by identity."""
+        adapters = [parameter for name, parameter in self.named_parameters() if of_adapter(name)]
+        gradients = [parameter.grad for parameter in adapters if parameter.grad is not None]
+        found: list[Tensor] = [*self.buffers(), *adapters, *gradients]
+        return {id(tensor): tensor for tensor in found if tensor.is_floating_point()}
 
     @property
     def base(self) -> Any:
@@ -163,8 +179,14 @@ class WeightedLM(nn.Module):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether LoRA is in place, and with it a reference that costs no memory: the model with the adapter off."""
+        """Whether LoRA is in place, which can be switched off."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that gives the logits; of one that is trained in full next to adapters, what is in force."""
+        found: nn.Linear = in_force(self.base.get_output_embeddings())
+        return found
 
     @property
     def _is_packed(self) -> bool:
@@ -196,7 +218,7 @@ class WeightedLM(nn.Module):
 
         `wanted` may name "stop" and "data_weight", too, which come from the batch.
         """
-        head = self.base.get_output_embeddings()
+        head = self.head
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
         asked = weighting.needs | set(wanted)
         brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
@@ -242,11 +264,10 @@ class WeightedLM(nn.Module):
             return self.forward(batch, Uniform(), **head_options)[1].logp
 
     @torch.no_grad()
-    def reference(self, batch: Batch) -> ReferenceHead:
-        """What gives the distributions at the supervised positions, in evaluation mode and without the adapter."""
-        head = self.base.get_output_embeddings()
-        with self._evaluating(adapter=False):
-            return ReferenceHead(self.hidden(batch), head.weight, self._transform_of(head))
+    def reference(self, batch: Batch, *, adapter: bool = False) -> ReferenceHead:
+        """What gives the distributions at the supervised positions, in evaluation mode; with the adapter if asked."""
+        with self._evaluating(adapter):
+            return ReferenceHead(self.hidden(batch), self.head.weight, self._transform_of(self.head))
 
     @contextmanager
     def _evaluating(self, adapter: bool) -> Iterator[None]:
@@ -264,8 +285,14 @@ class WeightedLM(nn.Module):
         check_borders(self.base.get_decoder(), self.base.get_output_embeddings().weight.shape[0])
 
     def _check_head(self) -> None:
-        head = self.base.get_output_embeddings()
+        head = self.head
         kind = type(self.base).__name__
+        if hasattr(head, "base_layer"):
+            raise UserError(
+                f"LoRA would adapt the output head of {kind}, whose weight the loss reads as one: leave the head "
+                "(lm_head) out of --model.lora.target_modules; untied, it can be trained in full by "
+                "--model.lora.modules_to_save"
+            )
         if type(head) is not nn.Linear:
             raise UserError(
                 f"the output head of {kind} is a {type(head).__name__}; a plain linear layer was expected. With LoRA, "

@@ -12,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.adapter_folders import Adapter
 from dft_lightning.adapters import prepare_adapters
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
+from dft_lightning.initial_model import Reference
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
@@ -24,7 +26,7 @@ from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
 from dft_lightning.row_limits import check_limits
-from dft_lightning.scoring import Reference, WeightedModule
+from dft_lightning.scoring import WeightedModule
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
 from dft_lightning.weighting.spec import from_spec, to_spec
@@ -52,10 +54,12 @@ class FineTuner(WeightedModule):
             matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
         compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
+        adapter: where model_name is a LoRA adapter (folder or hub). continue: train it further, with its own settings;
+            merge: merge it into its base model first, and train that, or a new adapter on it if lora is set.
         quantization: hold what is not trained in 4 bits ("nf4"), under LoRA alone; needs bitsandbytes.
         reference: what a weighting compares with, the initial model: a cache on disk of its log-probabilities, computed
-            once; the model with its adapter off; or a frozen copy in memory. auto takes the adapter where there is one,
-            else the cache, or the copy where distributions over the vocabulary are wanted.
+            once; the model with its adapter off; or a frozen copy in memory. auto takes a new adapter if there is one,
+            else (as with adapter continue) the cache, or the copy where distributions over the vocabulary are wanted.
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
@@ -83,6 +87,7 @@ class FineTuner(WeightedModule):
         activation_checkpointing: Recomputation | Literal["auto"] = "none",
         compile: bool = False,
         lora: LoRA | None = None,
+        adapter: Adapter | None = None,
         quantization: Quantization | None = None,
         reference: Reference = "auto",
         tokenizer_name: str | None = None,
@@ -106,7 +111,7 @@ class FineTuner(WeightedModule):
         self.optimizer, self.lr_schedule, self.warmup_ratio = optimizer, lr_schedule, warmup_ratio
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.source.quantization, self.dtype_choice, self.normalize = quantization, dtype, normalize
-        self.tokenizer_name, self.chat_template = tokenizer_name, chat_template
+        self.adapter, self.tokenizer_name, self.chat_template = adapter, tokenizer_name, chat_template
         self.source.allow_missing, self.resize_embeddings = [*(allow_missing or [])], resize_embeddings
         self.reference, self.chunk_rows, self.logits = reference, chunk_rows, logits
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
@@ -236,7 +241,7 @@ class FineTuner(WeightedModule):
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()
-        prepare_adapters(self._network, initial=self.is_initial)
+        prepare_adapters(self._network, initial=self.is_initial and self.adapter != "continue")
         self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
 

@@ -20,6 +20,7 @@ from dft_lightning.weighting.proof import prove
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
+    from dft_lightning.scoring import WeightedModule
 
 
 def refuse(module: "FineTuner") -> None:
@@ -31,24 +32,13 @@ def refuse(module: "FineTuner") -> None:
         raise UserError(f"weighting refused: {error}") from error
     if unknown := set(module.weighting.needs) & {"reward"}:
         raise UserError(f"{name} needs {sorted(unknown)}, which no data set here provides yet")
-    if "old_logp" in module.weighting.needs and module.lora is not None and module.lora.dropout > 0.0:
-        raise UserError(
-            f"{name} compares with an old policy, which has no dropout: with model.lora.dropout {module.lora.dropout} "
-            "ratios would be noise; set it to 0"
-        )
     if module.reference == "cache" and REF_DISTRIBUTION in module.weighting.needs:
         raise UserError(
             f"{name} wants the reference's distributions; a cache holds single log-probabilities: use 'copy'"
         )
-    if module.reference == "adapter_off" and module.lora is None:
-        raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
     check_resize(module)
     refuse_revision(module.source)
-    if module.source.quantization is not None and module.lora is None:
-        raise UserError(
-            f"model.quantization is {module.source.quantization}, but weights in 4 bits are not trained: set "
-            "model.lora, whose adapters are, or leave it out"
-        )
+    refuse_adapter_options(module)
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
         if value is not None and value < 1:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
@@ -72,6 +62,37 @@ def refuse_revision(source: ModelSource) -> None:
         raise UserError(
             f"model.revision is {source.revision!r}, but the model {source.name!r} is not from the hub, and has no "
             "revisions: leave it out"
+        )
+
+
+def refuse_adapter_options(module: "WeightedModule") -> None:
+    """What does not go with the adapters, or with there being none; of an adapter's own settings, once they are known.
+
+    An adapter that is trained further has LoRA settings in its folder, which may not have been read yet.
+    """
+    name, lora = type(module.weighting).__name__, module.lora
+    if "old_logp" in module.weighting.needs and lora is not None and lora.dropout > 0.0:
+        raise UserError(
+            f"{name} compares with an old policy, which has no dropout: with model.lora.dropout {lora.dropout} "
+            "ratios would be noise; set it to 0"
+        )
+    if module.reference == "adapter_off" and module.adapter == "continue":
+        raise UserError(
+            "model.reference is 'adapter_off', but with model.adapter continue the initial model includes the adapter: "
+            "use 'auto', 'cache' or 'copy'"
+        )
+    if module.reference == "adapter_off" and lora is None:
+        raise UserError("model.reference is 'adapter_off', but there is no adapter: set model.lora, or use 'cache'")
+    quantization = module.source.quantization
+    if quantization is not None and module.adapter == "merge":
+        raise UserError(
+            f"model.quantization is {quantization}, but model.adapter merge needs the weights in full precision: leave "
+            "model.quantization out, or set model.adapter continue"
+        )
+    if quantization is not None and lora is None and module.adapter is None:
+        raise UserError(
+            f"model.quantization is {quantization}, but weights in 4 bits are not trained: set "
+            "model.lora, whose adapters are, or leave it out"
         )
 
 

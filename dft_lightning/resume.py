@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
 from dft_lightning.precision import precision_of
 from dft_lightning.weighting.proof import fingerprint
@@ -37,7 +38,7 @@ _OF_THE_VERSION = (
 def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
     """What the options of a `FineTuner` say that it optimises; known before anything is loaded."""
     return {
-        "model": {"name": _place(hparams["model_name"])},
+        "model": {"name": _place(hparams["model_name"]), "adapter": hparams.get("adapter")},
         "weighting": {"": hparams["weighting"]},
         "normalize": {"": hparams["normalize"]},
         "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")}
@@ -47,8 +48,12 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
 
 
 def _lora(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Without switches that are off: a checkpoint from before there were such does not name them."""
-    return None if options is None else {name: value for name, value in options.items() if value is not False}
+    """Without what is off, which a checkpoint from before there was such an option does not name.
+
+    And without the precision of the adapters: it may change, which is said; see `settings_of`.
+    """
+    known = {name: value for name, value in (options or {}).items() if value not in (None, False) and name != "dtype"}
+    return known if options else None
 
 
 def identity(module: "FineTuner") -> Identity:
@@ -81,7 +86,12 @@ def settings_of(module: "FineTuner") -> dict[str, Any]:
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         "precision": precision_of(trainer),
         "dtype": str(network.base.dtype),
+        "dtype of the adapters": _adapters_dtype(network) if module.lora is not None else None,
     }
+
+
+def _adapters_dtype(network: Any) -> str:
+    return str(next(parameter.dtype for name, parameter in network.named_parameters() if of_adapter(name)))
 
 
 def facts_of(module: "FineTuner") -> dict[str, Any]:

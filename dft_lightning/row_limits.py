@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dft_lightning.embedding_rows import largest_id, prepare_source
+from dft_lightning.embedding_rows import largest_id
 from dft_lightning.errors import UserError
 from dft_lightning.models import load_model
 
@@ -50,7 +50,7 @@ def metadata_of(module: "WeightedModule") -> Any:
     """The transformers model: its shapes, without weights where they are not there yet."""
     if module.network is not None:
         return module.network.base
-    source = replace(prepare_source(module), attn_implementation=None, quantization=None)  # neither changes a table
+    source = replace(module.base_source, attn_implementation=None, quantization=None)  # neither changes a table
     with torch.device("meta"):
         return load_model(source, empty=True)
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from dft_lightning import resume
-from dft_lightning.embedding_rows import prepare_source, train_embeddings
+from dft_lightning.adapter_folders import Adapter, AdapterFolder, tokenizer_of
+from dft_lightning.embedding_rows import prepare_source
 from dft_lightning.errors import UserError
+from dft_lightning.initial_model import Reference, build, read_adapter, reference_in_force
 from dft_lightning.logprob import ReferenceHead
 from dft_lightning.metrics import TokenMeans, token_sums
-from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
+from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
-from dft_lightning.precision import computed_in, held_and_computed, refuse_logits
+from dft_lightning.precision import computed_in, held_and_computed, refuse_logits, refuse_precision
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
 from dft_lightning.sharding.initial import initial_network, refuse_strategy
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
     from dft_lightning.data.batch import Batch
 
-Reference = Literal["auto", "cache", "adapter_off", "copy"]
-
 
 class WeightedModule(pl.LightningModule):
     """The part of `FineTuner` that needs no training: it loads the model, and scores batches under the weighting."""
@@ -43,6 +43,7 @@ class WeightedModule(pl.LightningModule):
     source: ModelSource
     weighting: TokenWeighting
     lora: LoRA | None
+    adapter: Adapter | None
     normalize: Normalize
     dtype_choice: Precision
     chat_template: str | None
@@ -65,6 +66,8 @@ class WeightedModule(pl.LightningModule):
         self.old_policy: OldPolicy | None = None
         """Where the weighting compares with the policy of some steps ago."""
         self._initial: list[WeightedLM] = []  # a frozen copy of the initial model: no part of this module's state
+        self.asked_lora: LoRA | None = None
+        """As the options have it, where `lora` is that of an adapter which is trained further."""
         self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
         self._validated: list[tuple[TokenStats, Batch]] = []
 
@@ -81,26 +84,35 @@ class WeightedModule(pl.LightningModule):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with the chat template in force."""
-        source = self.source
-        if self.tokenizer_name is not None:
-            source = replace(source, name=self.tokenizer_name, revision=None)
+        if self.tokenizer_name is None:
+            source = self.source if self.adapter_folder is None else tokenizer_of(self.source)
+        else:
+            source = replace(self.source, name=self.tokenizer_name, revision=None)
         return load_tokenizer(source, self.chat_template)
+
+    @cached_property
+    def adapter_folder(self) -> AdapterFolder | None:
+        """The adapter that model_name stands for, if any; see `read_adapter`."""
+        return read_adapter(self)
+
+    @property
+    def base_source(self) -> ModelSource:
+        """Where the model is, or the base model of an adapter."""
+        source = prepare_source(self)
+        return source if self.adapter_folder is None else self.adapter_folder.base_of(source)
 
     @property
     def reference_in_force(self) -> Reference | None:
         """Where the reference comes from; None where the weighting needs none."""
-        needed = {"ref_logp", REF_DISTRIBUTION} & self.weighting.needs
-        if not needed or self.reference != "auto":
-            return self.reference if needed else None
-        if self.lora is not None and self.resize_embeddings is False:
-            return "adapter_off"
-        return "copy" if REF_DISTRIBUTION in needed else "cache"
+        return reference_in_force(self)
 
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.network is not None:
             return
         refuse_strategy(self._trainer)
+        _ = self.adapter_folder  # it may have the settings of LoRA
+        refuse_precision(self, self._precision)
         self.source.dtype, self.source.compute = held_and_computed(self.dtype_choice, self._precision)
         refuse_logits(self.logits, computed_in(self._trainer) or self.source.dtype, self._precision)
         self.network = initial_network(self)
@@ -109,9 +121,7 @@ class WeightedModule(pl.LightningModule):
 
     def initial_model(self, *, empty: bool = False) -> Any:
         """The model as it is before any training, adapters included; or its shape alone, see `load_model`."""
-        model = load_model(prepare_source(self), empty=empty)
-        model = model if self.lora is None else add_lora(model, self.lora)
-        return model if self.resize_embeddings is False else train_embeddings(model)
+        return build(self, empty=empty)
 
     @property
     def _precision(self) -> str:
@@ -202,11 +212,18 @@ class WeightedModule(pl.LightningModule):
             return None
         if self.reference_in_force == "cache":
             return batch.ref_logp
-        return self._reference_network.logp(batch, adapter=False, **self._head_options)
+        return self._reference_network.logp(batch, adapter=self._reference_has_adapter, **self._head_options)
 
     def _reference(self, batch: "Batch") -> ReferenceHead | None:
         """What gives the reference's distributions, where the weighting wants them."""
-        return self._reference_network.reference(batch) if REF_DISTRIBUTION in self.weighting.needs else None
+        if REF_DISTRIBUTION not in self.weighting.needs:
+            return None
+        return self._reference_network.reference(batch, adapter=self._reference_has_adapter)
+
+    @property
+    def _reference_has_adapter(self) -> bool:
+        """Whether the adapter belongs to the reference, the initial model: switched off, a trained one is not."""
+        return self.adapter == "continue"
 
     @property
     def _reference_network(self) -> WeightedLM:

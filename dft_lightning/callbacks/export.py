@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dft_lightning.adapters import merged
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.exporting.card import card, is_metric, logged_metrics
 from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
@@ -63,9 +64,9 @@ class Export(Callback):
         _write(module, stored, model, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
         if self.merge_lora and module.lora is not None:
-            merged = copy.deepcopy(model).merge_and_unload() if source is None else source.merged()
-            self._add_stops(module, merged)
-            _write(module, stored, merged, folder.with_name("export-merged"), is_merged=True)
+            full = merged(copy.deepcopy(model)) if source is None else source.merged()
+            self._add_stops(module, full)
+            _write(module, stored, full, folder.with_name("export-merged"), is_merged=True)
 
     def _add_stops(self, module: "FineTuner", model: Any) -> None:
         add_stops(model.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
@@ -108,4 +109,5 @@ def _write(module: "FineTuner", stored: Stored | None, model: Any, folder: Path,
         text = card(module.hparams, facts_of(module), trainer.global_step, metrics, run_dir, is_merged)
     else:
         text = card(stored.options, stored.facts, stored.step, logged_metrics(run_dir, stored.step), run_dir, is_merged)
-    write_model(model, module.tokenizer, folder, text)
+    with_base = module.adapter == "merge" and module.lora is not None and not is_merged
+    write_model(model, module.tokenizer, folder, text, with_base=with_base)

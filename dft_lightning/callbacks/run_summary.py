@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning.adapters import described
 from dft_lightning.attention import implementation_of
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
@@ -45,16 +47,21 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     total = numbers(module)
     beside = "" if module.source.quantization is None else f", beside adapters in 4 bits ({module.source.quantization})"
     device = module.device.type
+    weights, learnt = (_name(dtype) for dtype in (parameters[0].dtype, trained_dtype(module)))
+    if module.lora is not None:
+        beside = f"{beside}, adapters in {learnt}"
     facts = {
         "objective": f"−Σ sg(w)·log π(y), w by {module.weighting!r}",
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
-        "precision": f"{precision_of(trainer)}, weights in {str(parameters[0].dtype).removeprefix('torch.')}{beside}",
+        "precision": f"{precision_of(trainer)}, weights in {weights}{beside}",
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
         + _RECOMPUTED[module.recomputation],
         "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
     }
+    if module.lora is not None:
+        facts["adapter"] = _adapter(module)
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
     facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
@@ -64,6 +71,22 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
         "run folder": str(trainer.default_root_dir),
     }
+
+
+def trained_dtype(module: "FineTuner") -> torch.dtype:
+    """The precision of the trained weights, as they are."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _adapter(module: "FineTuner") -> str:
+    """The settings of the adapters in force, and where they come from."""
+    assert module.lora is not None
+    origin = {"continue": "; trained further", "merge": "; new, on the model that another was merged into"}
+    return described(module.lora) + origin.get(module.adapter or "", "")
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

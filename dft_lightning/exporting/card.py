@@ -41,8 +41,11 @@ def card(
     """
     weighting, base = said(options["weighting"]), str(options["model_name"])
     objective = {"Weighting": f"`{weighting}`", "Normalised by": options["normalize"], "Base model": f"`{base}`"}
+    if options.get("adapter") is not None:
+        before = {"continue": "an adapter that was trained further", "merge": "an adapter, merged before the training"}
+        objective["Base model"] = f"`{base}`, {before[options['adapter']]}"
     if options["lora"] is not None:
-        given = ", ".join(f"{key} {value}" for key, value in options["lora"].items())
+        given = ", ".join(f"{key} {value}" for key, value in options["lora"].items() if value is not None)
         objective["LoRA"] = f"{given}; {'merged into the weights' if merged else 'this folder is the adapter'}"
     if options.get("resize_embeddings") and options["lora"] is not None and not merged:
         objective["Embedding and head"] = _ENLARGED

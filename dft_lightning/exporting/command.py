@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     base = model.get_base_model() if has_adapter and not given.merge_lora else model
     add_stops(base.generation_config, stop_ids(tokenizer, given.stop_tokens))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
+    with_base = stored.base_is_merged and not given.merge_lora
+    write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size, with_base=with_base)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
-    adapted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    adapted = {name: weight for name, weight in model.named_parameters() if of_adapter(name) or weight.requires_grad}
     counted = adapted if kind == "an adapter" else dict(model.named_parameters())
     return {"kind": kind, "parameters": sum(weight.numel() for weight in counted.values()), "step": stored.step}
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dft_lightning.adapter_folders import model_of, name_base, tokenizer_of
+from dft_lightning.adapters import merged
 from dft_lightning.checkpointing import read
 from dft_lightning.embedding_rows import config_with_rows, rows_stored, train_embeddings
 from dft_lightning.errors import UserError
@@ -37,8 +39,16 @@ class Stored:
         found: Quantization | None = self.options.get("quantization")
         return found
 
+    @property
+    def base_is_merged(self) -> bool:
+        """Whether the adapter belongs to a model that no folder holds: one that another adapter was merged into."""
+        return self.options.get("adapter") == "merge" and self.options["lora"] is not None
+
     def source(self, model_name: str | None = None) -> ModelSource:
-        """Where configuration and tokenizer are; `model_name` stands for the run's own."""
+        """Where the configuration is; `model_name` stands for the run's own, and an adapter for its base."""
+        return model_of(self._named(model_name))
+
+    def _named(self, model_name: str | None) -> ModelSource:
         options = self.options
         dtype = next(iter(self.weights.values())).dtype
         if self.quantization is not None:
@@ -61,7 +71,7 @@ class Stored:
 
     def tokenizer(self, model_name: str | None = None) -> Any:
         """The run's tokenizer, with the chat template it had."""
-        options, source = self.options, self.source(model_name)
+        options, source = self.options, tokenizer_of(self._named(model_name))
         if options["tokenizer_name"] is not None and model_name is None:
             source = ModelSource(options["tokenizer_name"], trust_remote_code=source.trust_remote_code)
         return load_tokenizer(source, options["chat_template"])
@@ -91,7 +101,7 @@ class Stored:
             UserError: as in `model`; or the base was quantized, and is another by now.
         """
         if self.quantization is None:
-            return self.model(model_name).merge_and_unload()
+            return merged(self.model(model_name)).eval()
         source = self.source(model_name)
         packed = load_model(source)
         now, then = fingerprint_of_base(packed), self.facts["identity"]["model"]["weights left out of checkpoints"]
@@ -100,7 +110,7 @@ class Stored:
                 f"the weights of {source.name!r} are no longer those that the adapter was trained beside: --model_name "
                 "names the folder where they are"
             )
-        return self._filled(read_out(packed), source).merge_and_unload().eval()
+        return merged(self._filled(read_out(packed), source)).eval()
 
     def _filled(self, model: Any, source: ModelSource) -> Any:
         """The model with these weights, in a peft model where there was one."""
@@ -108,6 +118,7 @@ class Stored:
         if lora is not None:
             with torch.device(model.device):
                 model = add_lora(model, LoRA(**lora))
+            name_base(model, source)
         if self.trains_embeddings:
             train_embeddings(model)
         if self.quantization is not None:

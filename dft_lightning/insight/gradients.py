@@ -95,7 +95,7 @@ def _step(subject: Subject, sample: Sample, batches: "list[Batch]", weighting: T
 
 def _reference(subject: Subject, batch: "Batch", weighting: TokenWeighting) -> ReferenceHead | None:
     """The model's own distributions, where the weighting compares with those of the initial model."""
-    return subject.network.reference(batch) if REF_DISTRIBUTION in weighting.needs else None
+    return subject.network.reference(batch, adapter=True) if REF_DISTRIBUTION in weighting.needs else None
 
 
 def _scaled(parameter: nn.Parameter, share: float) -> Tensor | None:

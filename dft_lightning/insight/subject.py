@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
 from dft_lightning.models import WeightedLM
-from dft_lightning.precision import held_and_computed, refuse_logits
+from dft_lightning.precision import held_and_computed, refuse_logits, refuse_precision
 from dft_lightning.recomputation import recompute
 from dft_lightning.row_limits import check_limits
 
@@ -61,6 +61,7 @@ class Subject:
     def network(self) -> WeightedLM:
         """The initial model, in evaluation mode."""
         module = self.module
+        refuse_precision(module, self.precision)
         assert len(self.rows)  # they are read here
         check_limits(module, self.data)
         module.source.dtype, module.source.compute = held_and_computed(module.dtype_choice, self.precision)

@@ -67,7 +67,7 @@ class PlanCommand(InsteadOfTraining):
             utilisation=config.utilisation,
             dealing=None if strategy is None else Dealing.by(strategy, place.devices),
         )
-        model_config = _configuration(self.model.source)
+        model_config = _configuration(self.model.base_source)
         return make_plan(self.model, cast(ChatDataModule, self.datamodule), model_config, place, options)
 
 

@@ -85,6 +85,8 @@ def _factors(decoder: nn.Module) -> Iterator[tuple[int, bool]]:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in decoder.named_modules():
+        if ".original_module" in f".{name}":  # a copy of it, trained next to adapters, computes in its place
+            continue
         linear = isinstance(module, nn.Linear | Conv1D)
         for own, parameter in module.named_parameters(recurse=False):
             if linear and own == "weight":

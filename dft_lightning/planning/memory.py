@@ -1,7 +1,7 @@
 """What a device has to hold while a model is trained, by part, and the lightest recomputation with which it fits."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
 def _because_of_ranks(load: Load, network: WeightedLM, gradients: int) -> dict[str, int]:
     """What a device holds of other ranks' parts, and of a frozen copy, by name."""
     found: dict[str, int] = {}
-    copied = replace(load, lora=None).network() if load.compared else None
+    copied = network if load.compared else None  # adapters included
     if copied is not None:
         found["frozen copy of the initial model"] = load.part(copied.parameters())
     if load.dealing is not None:

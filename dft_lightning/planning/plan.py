@@ -154,7 +154,10 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
     check_limits(module, data)
     load = replace(load, shape=work.largest, accumulates=work.micro_batches > 1)
     kind, need = _in_force(module, load)
-    advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options)
+    merges = module.adapter == "merge"
+    advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options, merges)
+    if advice is not None and "bf16-true" in advice and module.dtype_choice != "auto":
+        advice += " --model.dtype auto"  # the two would contradict each other
     parameters = list(network.parameters())
     return Plan(
         model=module.source.name,
@@ -193,9 +196,15 @@ def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
     return kind, need
 
 
-def _advice(load: Load, kind: Recomputation, data: SimpleNamespace) -> tuple[str | None, Memory | None]:
-    """The first of the lighter settings that fits, as options, and what a device then needs."""
+def _advice(load: Load, kind: Recomputation, data: SimpleNamespace, merges: bool) -> tuple[str | None, Memory | None]:
+    """The first of the lighter settings that fits, as options, and what a device then needs.
+
+    Args:
+        merges: whether an adapter is merged before the training, which 4 bits do not go with.
+    """
     for options, lighter, other in _lighter(load, kind, data):
+        if lighter.four_bits and not load.four_bits and (merges or (load.lora and load.lora.modules_to_save)):
+            continue
         need = memory(lighter, other)
         if need.peak <= load.capacity:
             return options, need

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.embedding_rows import train_embeddings
@@ -127,7 +128,7 @@ def skeleton(
 ) -> Any:
     """The model without its weights, on the meta device, in training mode.
 
-    Lightning casts all parameters where the precision is a half one and "true", adapters in float32 among them.
+    Lightning casts all parameters where the precision is a half one and "true"; adapters keep theirs.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -143,8 +144,9 @@ def skeleton(
             pack(model, _MIXED.get(precision, dtype))
         model = (model if lora is None else add_lora(model, lora)).train()
     if precision in _CASTS:
-        for parameter in filter(Tensor.is_floating_point, model.parameters()):
-            parameter.data = parameter.data.to(_CASTS[precision])
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not of_adapter(name):
+                parameter.data = parameter.data.to(_CASTS[precision])
     return model
 
 

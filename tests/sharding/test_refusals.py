@@ -12,7 +12,7 @@ from harness import fit
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranks import start
 
-from dft_lightning import models, scoring
+from dft_lightning import initial_model, models
 from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints, Throughput
 from dft_lightning.errors import UserError
@@ -114,7 +114,7 @@ def one_reads(folder: Path) -> None:
         built.append(empty)
         return models.load_model(source, empty=empty)
 
-    scoring.load_model = watched
+    initial_model.load_model = watched
     speed, halves = Throughput(), FSDP2Strategy(compute="bfloat16")
     module = {"activation_checkpointing": "auto", "logits": "bfloat16"}
     given = {"module": module, "devices": 2, "strategy": halves, "callbacks": [speed], "max_steps": 1}
