@@ -223,7 +223,8 @@ class TestTheBase:
             self.named(folder, base)
 
     def test_has_its_own_revision(self, folder):
-        tuner = FineTuner(str(folder), ImportanceWeighted(), adapter="merge", revision="of-the-adapter")
+        tuner = FineTuner(str(folder), ImportanceWeighted(), adapter="merge")
+        tuner.source.revision = "of-the-adapter"  # as that of a repository: a folder has none
         path = folder / CONFIG
         path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "of-the-base"}))
         assert tuner.base_source.revision == "of-the-base"
