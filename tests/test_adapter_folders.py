@@ -259,7 +259,8 @@ class TestRefusals:
     @pytest.mark.parametrize("lora", [None, LoRA()])
     def test_without_a_choice(self, trained, lora):
         folder = trained["plain"][0]
-        self.refused(folder, r"is an adapter .*--model.adapter continue .* --model.adapter merge", lora=lora)
+        with pytest.raises(UserError, match=r"is an adapter .*--model.adapter continue .* --model.adapter merge"):
+            _ = FineTuner(str(folder), ImportanceWeighted(), lora=lora).adapter_folder  # before anything is loaded
         with pytest.raises(UserError, match="is an adapter"):
             load_model(ModelSource(str(folder)))
 
