@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from dft_lightning.errors import UserError
+from dft_lightning.loss_terms import check_router_option
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
@@ -44,6 +45,7 @@ def refuse(module: "FineTuner") -> None:
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
         if value is not None and value < 1:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
+    check_router_option(module.router_loss)
     if not 0.0 <= module.warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
 

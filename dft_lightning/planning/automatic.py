@@ -54,6 +54,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         targets=targets_of(module.weighting),
         dealing=Dealing.of(trainer),
         four_bits=module.source.quantization is not None,
+        router=module.router is not None,
     )
 
 

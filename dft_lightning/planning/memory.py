@@ -51,6 +51,7 @@ class Load:
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
         four_bits: whether weights beside adapters are held in 4 bits.
+        router: whether there is a router loss.
     """
 
     config: Any
@@ -72,6 +73,7 @@ class Load:
     targets: int = 0
     dealing: Dealing | None = None
     four_bits: bool = False
+    router: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -165,6 +167,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         together=load.together,
         targets=load.targets,
         four_bits=load.four_bits,
+        router=load.router,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
