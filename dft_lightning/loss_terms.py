@@ -45,40 +45,49 @@ def check_router_option(option: RouterOption) -> None:
         raise UserError(f"model.router_loss is {option}; expected auto, none, or a number of at least 0")
 
 
-def router_coefficient(config: Any, option: RouterOption = "auto") -> float:
-    """The coefficient of the router loss, 0 where there is none.
+def wants_router_loss(config: Any, option: RouterOption) -> bool:
+    """Whether there is to be a router loss.
 
     Args:
         config: the model's configuration.
         option: model.router_loss.
 
     Raises:
-        UserError: the model has no router, or its configuration no coefficient.
+        UserError: the model has no router.
     """
-    text, kind = config.get_text_config(), type(config).__name__
-    if option == "none":
-        return 0.0
-    if not isinstance(option, str):
-        if option and not hasattr(text, "output_router_logits"):
-            raise UserError(
-                f"model.router_loss is {option}, but {kind} has no output_router_logits: this model has no router, or "
-                f"transformers computes no loss of it. Set {_OFF}"
-            )
-        return float(option)
-    if not getattr(text, "output_router_logits", False):
-        return 0.0
-    if (found := configured_coefficient(config)) is None:
+    text = config.get_text_config()
+    if option == "auto":
+        return bool(getattr(text, "output_router_logits", False)) and _configured(text) != 0.0
+    if option == "none" or not option:
+        return False
+    if not hasattr(text, "output_router_logits"):
         raise UserError(
-            f"{kind}.output_router_logits asks for a router loss, but no coefficient is set: set --model.router_loss "
-            "to one (transformers' usual default is 0.001), or to none"
+            f"model.router_loss is {option}, but {type(config).__name__} has no output_router_logits: this model "
+            f"has no router, or transformers computes no loss of it. Set {_OFF}"
+        )
+    return True
+
+
+def router_coefficient(base: Any, option: RouterOption) -> float:
+    """The coefficient of the router loss of a model (a `PreTrainedModel`) that is to have one."""
+    if not isinstance(option, str):
+        return float(option)
+    if (found := own_coefficient(base)) is None:
+        raise UserError(
+            f"{type(base.config).__name__}.output_router_logits asks for a router loss, but there is no coefficient: "
+            "set --model.router_loss to one (transformers' usual default is 0.001), or to none"
         )
     return found
 
 
-def configured_coefficient(config: Any) -> float | None:
-    """That of the model's configuration, whether it asks for the loss or not."""
-    text = config.get_text_config()
-    values = [getattr(text, name, None) for name in _COEFFICIENTS]
+def own_coefficient(base: Any) -> float | None:
+    """That by which the model multiplies its own router loss."""
+    of_model = _configured(base)
+    return _configured(base.config.get_text_config()) if of_model is None else of_model
+
+
+def _configured(holder: Any) -> float | None:
+    values = [getattr(holder, name, None) for name in _COEFFICIENTS]
     return next((float(value) for value in values if value is not None), None)
 
 
@@ -114,16 +123,14 @@ def refuse_terms(module: "WeightedModule") -> None:
     if module._trainer is not None and module.trainer.state.fn == "fit":
         config = load_config(module.source)
         refuse_unsupported(config, module.unsupported_losses)
-        router_coefficient(config, module.router_loss)
+        wants_router_loss(config, module.router_loss)
 
 
 def prepare_loss_terms(module: "FineTuner") -> None:
     """Set the router loss of a fit that begins; what is in force is printed, and what is not supported refused."""
-    network = module._network
-    config, option = network.base.config, module.unsupported_losses
-    coefficient = router_coefficient(config, module.router_loss)
-    own = _probed(module, coefficient)
-    module.router = router = router_loss(network, own, coefficient)
+    network, option = module._network, module.unsupported_losses
+    own, router = _probed(module)
+    module.router = router
     if router is not None and module.compile_layers:
         raise UserError(
             "model.compile and a router loss do not go together: transformers cannot record the routers of compiled "
@@ -136,17 +143,20 @@ def prepare_loss_terms(module: "FineTuner") -> None:
 
 def router_for_scoring(module: "WeightedModule") -> RouterLoss | None:
     """The router loss of a validation or test outside of a fit."""
-    coefficient = router_coefficient(module._network.base.config, module.router_loss)
-    return router_loss(module._network, _probed(module, coefficient), coefficient) if coefficient else None
+    wanted = wants_router_loss(module._network.base.config, module.router_loss)
+    return _probed(module)[1] if wanted else None
 
 
-def _probed(module: "WeightedModule", coefficient: float) -> OwnLoss:
+def _probed(module: "WeightedModule") -> tuple[OwnLoss, RouterLoss | None]:
+    base = module._network.base
+    wanted = wants_router_loss(base.config, module.router_loss)
     with module.trainer.precision_plugin.forward_context():
-        return module._network.own_loss(coefficient > 0.0)
+        own = module._network.own_loss(wanted)
+    return own, router_loss(base, own, router_coefficient(base, module.router_loss)) if wanted else None
 
 
-def router_loss(network: "WeightedLM", own: OwnLoss, coefficient: float) -> RouterLoss | None:
-    """The router loss, or None where the coefficient is 0.
+def router_loss(base: Any, own: OwnLoss, coefficient: float) -> RouterLoss:
+    """The router loss of a model (a `PreTrainedModel`).
 
     The number of experts that each token is sent to, which every family keeps under its own name, is that with which
     the formula gives the model's own router loss.
@@ -154,22 +164,23 @@ def router_loss(network: "WeightedLM", own: OwnLoss, coefficient: float) -> Rout
     Raises:
         UserError: the model has no router loss, or another one.
     """
-    if coefficient == 0.0:
-        return None
-    kind = type(network.base).__name__
-    if own.balance is None or not own.router_logits or own.router_logits[0].dim() != 2:
+    kind = type(base).__name__
+    if own.balance is None or not own.router_logits:
         raise UserError(
             f"a router loss is asked for (by output_router_logits in the model's configuration, or model.router_loss), "
             f"but {kind} of this version of transformers computes none{f' ({own.skipped})' if own.skipped else ''}: "
             f"set {_OFF}"
         )
+    if not math.isfinite(own.balance):
+        raise UserError(f"the router loss of {kind} on eight tokens is {own.balance}: its weights are not finite")
     experts, balance = own.router_logits[0].shape[-1], own.balance
-    each = {top_k: float(own.routing(top_k).balance) for top_k in range(1, experts + 1)}
-    top_k = min(each, key=lambda k: abs(each[k] - balance))
-    if not abs(each[top_k] - balance) <= _balance_rounding(own):
+    flat = own.router_logits[0].dim() == 2
+    each = {top_k: float(own.routing(top_k).balance) for top_k in range(1, experts + 1) if flat}
+    top_k = min(each, key=lambda k: abs(each[k] - balance), default=0)
+    if not (flat and abs(each[top_k] - balance) <= _balance_rounding(own)):
         raise UserError(
-            f"{kind} has a router loss of its own kind: {balance:.6g} on eight tokens, where the load-balancing "
-            f"loss that is supported is {each[top_k]:.6g}. Set {_OFF} to train without it"
+            f"{kind} has a router loss of its own kind ({balance:.6g} on eight tokens), which is not supported: set "
+            f"{_OFF} to train without it"
         )
     return RouterLoss(coefficient, top_k)
 
@@ -181,7 +192,7 @@ def _balance_rounding(own: OwnLoss) -> float:
 
 def _own_term(network: "WeightedLM", own: OwnLoss, router: RouterLoss) -> float:
     """What the router loss adds to the model's own loss, by the coefficient of its configuration."""
-    return (configured_coefficient(network.base.config) or 0.0) * float(own.routing(router.top_k).balance)
+    return (own_coefficient(network.base) or 0.0) * float(own.routing(router.top_k).balance)
 
 
 def _compare(network: "WeightedLM", own: OwnLoss, known: float, option: UnsupportedLosses) -> None:

@@ -10,7 +10,7 @@ import torch
 from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
-from dft_lightning.loss_terms import refuse_unsupported, router_coefficient
+from dft_lightning.loss_terms import refuse_unsupported, wants_router_loss
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
@@ -138,7 +138,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         targets=targets_of(module.weighting),
         dealing=options.dealing,
         four_bits=module.source.quantization is not None,
-        router=router_coefficient(config, module.router_loss) > 0.0,
+        router=wants_router_loss(config, module.router_loss),
     )
     refuse_unsupported(config, module.unsupported_losses)
     refuse_logits(module.logits, load.products, options.precision)
