@@ -202,9 +202,8 @@ def _compare(network: "WeightedLM", own: OwnLoss, known: float, option: Unsuppor
         reason = own.skipped or f"it is {own.loss}"
         rank_zero_warn(f"the own loss of {kind} could not be compared with the loss of this run: {reason}")
         return
-    difference = own.difference(known)
-    rounding = own.rounding + (_balance_rounding(own) if own.router_logits else 0.0)
-    if abs(difference) <= rounding:
+    difference = own.unknown(known, _balance_rounding(own) if own.router_logits else 0.0)
+    if difference == 0.0:
         return
     if option == "refuse":
         raise UserError(

@@ -41,9 +41,16 @@ class OwnLoss:
     router_logits: tuple[Tensor, ...] = field(default=())
     skipped: str = ""
 
-    def difference(self, known: float) -> float:
-        """The loss without cross entropy and a known term; some classes leave the shift of labels to their caller."""
-        return min((self.loss - nll - known for nll in self.nll), key=abs)
+    def unknown(self, known: float = 0.0, rounding: float = 0.0) -> float:
+        """The loss without cross entropy and a known term; 0 where it is within rounding.
+
+        Args:
+            known: the term.
+            rounding: of the term.
+        """
+        shifted, as_given = (self.loss - nll - known for nll in self.nll)
+        # some classes leave the shift of labels to their caller
+        return 0.0 if min(abs(shifted), abs(as_given)) <= self.rounding + rounding else shifted
 
     def routing(self, top_k: int) -> Routing:
         """The routing of the tokens, in the precision in which transformers has it."""

@@ -222,17 +222,33 @@ def test_adapters_get_the_gradient_of_transformers(models, rows):
     assert relative(plain.gradients[0], gradient) > 100 * BOUND
 
 
-def test_validation_is_that_of_transformers(models, rows, tmp_path):
+def test_validation_is_that_of_transformers(models, tmp_path):
     """Of the validation set as one batch."""
     validation = write_jsonl(tmp_path / "val.jsonl", sums(8))
     model = models("mixtral")
     still = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
     data = {"val_path": str(validation), "micro_batch_size": 3}
-    _, _, trainer = fit(model, rows, DFT(), module=still, data=data, max_steps=1, num_sanity_val_steps=1)
+    _, _, trainer = fit(model, validation, DFT(), module=still, data=data, num_sanity_val_steps=1)
     network = load_model(ModelSource(str(model))).eval()
     with torch.no_grad():
         truth = network(**given_to_transformers(first_batch(model, validation)), use_cache=False).aux_loss
     assert float(trainer.callback_metrics["val/router_loss"]) == pytest.approx(float(truth), rel=1e-5)
+
+
+@pytest.mark.parametrize(("router_loss", "is_there"), [("auto", True), ("none", False)])
+def test_validating_outside_of_a_fit(models, rows, router_loss, is_there):
+    """By `dft validate`: the router loss is a metric of the model, and nothing is refused that would not be trained."""
+    import lightning.pytorch as pl
+
+    from dft_lightning import FineTuner, NuminaMathDataModule
+
+    module = FineTuner(str(models("mixtral")), DFT(), router_loss=router_loss)
+    data = NuminaMathDataModule(str(rows), val_path=str(rows), global_batch_size=8, micro_batch_size=8, max_length=200)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, barebones=False)
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert ("val/router_loss" in found) is is_there
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert found.get("val/router_loss", 3.0) > 2.0
 
 
 @dataclass(frozen=True)
