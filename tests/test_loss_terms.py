@@ -101,7 +101,7 @@ class TestNames:
         assert wants_router_loss(routed_config(family, output_router_logits=asked), option) is wanted
 
     def test_a_router_loss_without_a_coefficient(self):
-        with pytest.raises(UserError, match="there is no coefficient: set --model[.]router_loss"):
+        with pytest.raises(UserError, match=r"there is no coefficient: set --model\.router_loss"):
             loss_terms.router_coefficient(tiny_model(), "auto")
 
 
