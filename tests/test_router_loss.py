@@ -130,7 +130,7 @@ GEOMETRIES = {
 WEIGHTINGS = [Uniform(), Renormalized(DFT()), Median()]
 
 
-@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+@pytest.mark.parametrize("normalize", ["tokens", pytest.param("sequences", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
 def test_how_a_step_is_cut_up_changes_nothing(models, rows, weighting, normalize, tmp_path):
     """Divisors that are known from the data, and one that is a sum of weights; the shorter last step; validation."""

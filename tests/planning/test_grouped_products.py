@@ -94,3 +94,15 @@ def test_plan_refuses_what_a_fit_refuses(tmp_path, capsys):
     assert "router_z_loss_coef 0.001" in capsys.readouterr().err
     ignored = ["--model.unsupported_losses", "ignore", "--trainer.max_steps", "7"]
     assert main([*args, *data, *ignored]) == 0
+
+
+def test_the_plan_of_a_run_has_the_memory_of_its_router_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, rows = routed_model(tmp_path / "model", "mixtral"), write_jsonl(tmp_path / "rows.jsonl", sums(26))
+    common = ["plan", "--model.model_name", str(model), "--model.weighting", "Uniform", "--device", "h100", "--json"]
+    common += ["--data", "NuminaMathDataModule", "--data.path", str(rows), "--data.max_length", "200"]
+    saved = {}
+    for option in ("auto", "none", "0.5"):
+        assert main([*common, "--model.router_loss", option]) == 0
+        saved[option] = json.loads(capsys.readouterr().out)["memory"]["saved activations"]
+    assert saved["auto"] == saved["0.5"] > saved["none"]
