@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.errors import UserError
+from dft_lightning.router_loss import recording
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
@@ -108,5 +109,5 @@ def implementation_of(decoder: Any) -> str:
 def _states(decoder: Any, batch: "Batch") -> Tensor:
     """Hidden states (B·T, H)."""
     batch = batch.to(decoder.device)
-    states: Tensor = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state
+    states: Tensor = decoder(**inputs(batch, implementation_of(decoder)), **recording(decoder)).last_hidden_state
     return states.flatten(0, 1).double()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dft_lightning.router_loss import recording
+
 if TYPE_CHECKING:
     from dft_lightning.models import WeightedLM
 
@@ -22,8 +24,9 @@ def splits(network: "WeightedLM", head: nn.Linear) -> bool:
     network.eval()
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     wide = torch.promote_types(head.weight.dtype, torch.float32)
-    own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
-    states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    given = {"input_ids": ids, "use_cache": False} | recording(network.base.get_decoder())
+    own = network.model(**given).logits[0].to(wide)
+    states = network.base.get_decoder()(**given).last_hidden_state[0]
     ours = network._transform_of(head).forward_((states @ head.weight.to(states.dtype).T).to(wide))
     network.train(training)
     return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))

@@ -25,7 +25,9 @@ from dft_lightning.embedding_rows import config_with_rows, grow
 from dft_lightning.errors import UserError
 from dft_lightning.logits import splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
+from dft_lightning.own_loss import OwnLoss, own_loss
 from dft_lightning.quantization import Quantization, leave_out_of_states, loading_options, make_exact
+from dft_lightning.router_loss import RouterLoss, recording
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
 if TYPE_CHECKING:
@@ -76,6 +78,20 @@ def loading(what: str, source: ModelSource) -> Iterator[None]:
         raise UserError(
             f"cannot load the {what} of model {source.name!r}{source.named_by}: {reason[:300]} — {advice}"
         ) from error
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration (a `PretrainedConfig`).
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    with loading("configuration", source):
+        return AutoConfig.from_pretrained(
+            source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
 
 
 def load_model(source: ModelSource, *, empty: bool = False) -> Any:
@@ -213,16 +229,17 @@ class WeightedLM(nn.Module):
         chunk_rows: int | None = None,
         logits: torch.dtype | None = None,
         reference: ReferenceHead | None = None,
+        router: RouterLoss | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`.
 
-        `wanted` may name "stop" and "data_weight", too, which come from the batch.
+        `wanted` may name "stop" and "data_weight", too, which come from the batch. `router` records the routing.
         """
         head = self.head
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
         asked = weighting.needs | set(wanted)
         brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
-        hidden = self.hidden(batch)
+        hidden = self.hidden(batch, router)
         if self.observer is not None:
             self.observer(batch, hidden.detach(), head.weight, self._transform_of(head))
         return weighted_nll(
@@ -246,10 +263,14 @@ class WeightedLM(nn.Module):
     def _transform_of(self, head: nn.Linear) -> LogitTransform:
         return LogitTransform(head.bias, self._transform.scale, self._transform.softcap)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, router: RouterLoss | None = None) -> Tensor:
         """Last hidden states (N, H) at the positions whose next token is supervised."""
         decoder = self.base.get_decoder()
-        states = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state  # (B, T, H)
+        given = inputs(batch, implementation_of(decoder)) | recording(decoder, router is not None)
+        output = decoder(**given)
+        if router is not None:
+            router.record(output.router_logits, batch)
+        states = output.last_hidden_state  # (B, T, H)
         flat: Tensor = states.flatten(0, 1).index_select(0, batch.supervised)
         return flat
 
@@ -279,6 +300,10 @@ class WeightedLM(nn.Module):
                 yield
         finally:
             self.train(training)
+
+    def own_loss(self, router_logits: bool) -> OwnLoss:
+        """What the model itself makes of some tokens as its loss; see `loss_terms`."""
+        return own_loss(self.base, router_logits)
 
     def check_borders(self) -> None:
         """Prove that packed sequences do not see each other; a `UserError` where they do."""

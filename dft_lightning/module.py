@@ -18,10 +18,12 @@ from dft_lightning.compilation import compile_layers, refuse_changing_shapes, re
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
 from dft_lightning.initial_model import Reference
+from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, prepare_loss_terms
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
+from dft_lightning.prepass import Prepass, prepass, refuse_without_steps, router_share
 from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
@@ -65,6 +67,10 @@ class FineTuner(WeightedModule):
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
         logits: in what the loss holds logits before the softmax, which is computed in float32 either way. bfloat16, for
             bfloat16 products, is faster on a CPU, and as exact as plain bfloat16 training.
+        router_loss: coefficient of a mixture of experts' load-balancing loss. auto: the model configuration's
+            router_aux_loss_coef if output_router_logits is true there, else none. none: no such loss.
+        unsupported_losses: refuse, or ignore, other loss terms that the model's configuration asks for: z-loss,
+            multi-token prediction, …; what is ignored is printed.
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model; only for sources you trust.
@@ -94,6 +100,8 @@ class FineTuner(WeightedModule):
         chat_template: str | None = None,
         chunk_rows: int | None = None,
         logits: Literal["float32", "bfloat16"] = "float32",
+        router_loss: RouterOption = "auto",
+        unsupported_losses: UnsupportedLosses = "refuse",
         max_skipped_steps: int = 20,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -115,6 +123,7 @@ class FineTuner(WeightedModule):
         self.source.allow_missing, self.resize_embeddings = [*(allow_missing or [])], resize_embeddings
         self.reference, self.chunk_rows, self.logits = reference, chunk_rows, logits
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
+        self.router_loss, self.unsupported_losses = router_loss, unsupported_losses
         self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
@@ -125,7 +134,7 @@ class FineTuner(WeightedModule):
         self._layers_ready = False
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
-        self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
+        self._ahead = Prepass()  # of the present step
         refuse(self)
 
     def setup(self, stage: str) -> None:
@@ -145,13 +154,13 @@ class FineTuner(WeightedModule):
         step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
         if self.old_policy is not None and number == 0 and self.old_policy.is_due(self.trainer.global_step):
             self._begin_window(self.old_policy, step)
-        if self.weighting.scope == "step" and number == 0:
-            self._known = self._weights_of_step(step)
+        self._ahead = prepass(self, step) if number == 0 else self._ahead
         self._seed(number)
-        loss, tokens = self.score(batch, self.wanted, self._known[number] if self._known else None)
+        loss, tokens = self.score(batch, self.wanted, self._ahead.weight(number), self.router)
         self.trained_on = tokens
-        self.step.add(loss, batch, tokens)
-        return loss
+        added, value = router_share(self, batch, tokens, self._ahead.totals)
+        self.step.add(loss, batch, tokens, value)
+        return loss + added
 
     def _recomputation(self, data: "ChatDataModule | None") -> Recomputation:
         """What is in force, where it is to be found out too."""
@@ -162,14 +171,6 @@ class FineTuner(WeightedModule):
         if data is None:
             raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
         return choose(self, data)
-
-    def _weights_of_step(self, step: int) -> list[Tensor]:
-        """The weights of each micro-batch of the epoch's step, by a pass with the dropout of the gradient pass."""
-        data, parts = cast("ChatDataModule", self.trainer.datamodule), []  # type: ignore[attr-defined]
-        for number, batch in enumerate(data.step(self.trainer.current_epoch, step)):
-            self._seed(number)
-            parts.append(self._unweighted(self._moved(batch)))
-        return self._weigh_together(parts)
 
     def _begin_window(self, old: OldPolicy, step: int) -> None:
         """Have the policy, as it is now, look at what the window's steps will train on."""
@@ -233,15 +234,13 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
-        ahead = self.weighting.scope == "step" or self.old_policy is not None
-        if ahead and not hasattr(data, "step"):
-            raise UserError(
-                f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
-            )
+        refuse_without_steps(self, data)
         if data is not None and getattr(data, "is_packed", False):
             with self.trainer.precision_plugin.forward_context():
                 self._network.check_borders()
         prepare_adapters(self._network, initial=self.is_initial and self.adapter != "continue")
+        prepare_loss_terms(self)
+        refuse_without_steps(self, data)
         self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
 

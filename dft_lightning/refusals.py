@@ -10,6 +10,7 @@ from dft_lightning import embedded
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.embedding_rows import check_resize
 from dft_lightning.errors import UserError
+from dft_lightning.loss_terms import check_router_option
 from dft_lightning.models import ModelSource
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_quantized, refuse_strategy
@@ -42,6 +43,7 @@ def refuse(module: "FineTuner") -> None:
     for option, value in (("chunk_rows", module.chunk_rows), ("max_skipped_steps", module.step.skipped.limit)):
         if value is not None and value < 1:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
+    check_router_option(module.router_loss)
     if not 0.0 <= module.warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
 

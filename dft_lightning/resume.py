@@ -39,12 +39,17 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
     """What the options of a `FineTuner` say that it optimises; known before anything is loaded."""
     return {
         "model": {"name": _place(hparams["model_name"]), "adapter": hparams.get("adapter")},
-        "weighting": {"": hparams["weighting"]},
+        "weighting": {"": hparams["weighting"], "router loss": _unless_default(hparams.get("router_loss"))},
         "normalize": {"": hparams["normalize"]},
         "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")}
         | {"resize_embeddings": hparams.get("resize_embeddings") or None},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
+
+
+def _unless_default(router_loss: float | str | None) -> float | str | None:
+    """A checkpoint from before there was such an option does not name it."""
+    return None if router_loss == "auto" else router_loss
 
 
 def _lora(options: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -18,17 +18,20 @@ from dft_lightning.embedding_rows import prepare_source
 from dft_lightning.errors import UserError
 from dft_lightning.initial_model import Reference, build, read_adapter, reference_in_force
 from dft_lightning.logprob import ReferenceHead
+from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, refuse_terms, router_for_scoring
 from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, load_tokenizer
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
 from dft_lightning.precision import computed_in, held_and_computed, refuse_logits, refuse_precision
+from dft_lightning.prepass import reduced
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
+from dft_lightning.router_loss import RouterLoss
 from dft_lightning.sharding.initial import initial_network, refuse_strategy
 from dft_lightning.sharding.layers import let_go
-from dft_lightning.step_weights import by_row, weigh_together
-from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+from dft_lightning.step_weights import unweighted, weigh_together, weighed
+from dft_lightning.weighting import TokenStats, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ class WeightedModule(pl.LightningModule):
     reference: Reference
     chunk_rows: int | None
     logits: Literal["float32", "bfloat16"]
+    router_loss: RouterOption
+    unsupported_losses: UnsupportedLosses
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +68,8 @@ class WeightedModule(pl.LightningModule):
         """What may differ from the checkpoint that a run goes on from: see `resume.Change`."""
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
+        self.router: RouterLoss | None = None
+        """The router loss in force."""
         self.old_policy: OldPolicy | None = None
         """Where the weighting compares with the policy of some steps ago."""
         self._initial: list[WeightedLM] = []  # a frozen copy of the initial model: no part of this module's state
@@ -113,6 +120,7 @@ class WeightedModule(pl.LightningModule):
         refuse_strategy(self._trainer)
         _ = self.adapter_folder  # it may have the settings of LoRA
         refuse_precision(self, self._precision)
+        refuse_terms(self)
         self.source.dtype, self.source.compute = held_and_computed(self.dtype_choice, self._precision)
         refuse_logits(self.logits, computed_in(self._trainer) or self.source.dtype, self._precision)
         self.network = initial_network(self)
@@ -144,11 +152,15 @@ class WeightedModule(pl.LightningModule):
         return batch.to(self.device, non_blocking=self.device.type == "cuda")
 
     def score(
-        self, batch: "Batch", wanted: frozenset[str] = frozenset(), weight: Tensor | None = None
+        self,
+        batch: "Batch",
+        wanted: frozenset[str] = frozenset(),
+        weight: Tensor | None = None,
+        router: RouterLoss | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """The loss of a micro-batch (a sum) and its tokens' statistics, weights included.
 
-        A weighting of step scope needs the `weight` (N,) of each token; see `score_together`.
+        A weighting of step scope needs the `weight` (N,) of each token; see `score_together`. `router` records.
         """
         loss, tokens = self._network(
             batch,
@@ -160,6 +172,7 @@ class WeightedModule(pl.LightningModule):
             old_logp=self._old_logp(batch),
             reference=self._reference(batch),
             weight=weight,
+            router=router,
             **self._head_options,
         )
         let_go(*self._initial, around=True)  # no backward pass follows, at whose end sharded ones do so themselves
@@ -175,34 +188,10 @@ class WeightedModule(pl.LightningModule):
         moved = [self._moved(batch) for batch in batches]
         if self.weighting.scope != "step":
             return [self.score(batch, wanted)[1] for batch in moved]
-        tokens = [self._unweighted(batch, wanted) for batch in moved]
+        tokens = [unweighted(self, batch, wanted) for batch in moved]
         weights = self._weigh_together(tokens)
         known = zip(moved, tokens, weights, strict=True)
-        return [self._weighed(batch, part, weight, wanted)[1] for batch, part, weight in known]
-
-    @torch.no_grad()
-    def _unweighted(self, batch: "Batch", wanted: frozenset[str] = frozenset()) -> TokenStats:
-        """What a weighting of step scope needs to know of a micro-batch, with rows in place of sequences."""
-        _, tokens = self._network(
-            batch,
-            Uniform(),
-            progress=self.progress,
-            wanted=wanted | self.weighting.needs,
-            ref_logp=self._ref_logp(batch),
-            old_logp=self._old_logp(batch),
-            **self._head_options,
-        )
-        return by_row(replace(tokens, weight=None, factor=token_factor(self.normalize, batch)), batch)
-
-    def _weighed(
-        self, batch: "Batch", tokens: TokenStats, weight: Tensor, wanted: frozenset[str]
-    ) -> tuple[Tensor, TokenStats]:
-        """Loss and tokens of a batch whose weights are known by now; targets over the vocabulary take another pass."""
-        if self.weighting.vocabulary:
-            loss, scored = self.score(batch, wanted, weight)
-            return loss, by_row(scored, batch)
-        factor = 1.0 if tokens.factor is None else tokens.factor
-        return -(weight * tokens.logp * factor).sum(), replace(tokens, weight=weight)
+        return [weighed(self, batch, part, weight, wanted)[1] for batch, part, weight in known]
 
     def _weigh_together(self, parts: list[TokenStats]) -> list[Tensor]:
         return weigh_together(self.weighting, parts, self.trainer.world_size)
@@ -251,10 +240,12 @@ class WeightedModule(pl.LightningModule):
         """As for training, in `dft validate`."""
         if self.trainer.state.fn == "validate":
             self._prepare_reference(["val"])
+            self.router = router_for_scoring(self)
 
     def on_test_start(self) -> None:
         """As for training."""
         self._prepare_reference(["test"])
+        self.router = router_for_scoring(self)
 
     def on_predict_start(self) -> None:
         """As for training."""
@@ -278,10 +269,12 @@ class WeightedModule(pl.LightningModule):
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Add a batch to the means over the whole validation set."""
         if self.weighting.scope == "step":  # the set is the step
-            self._validated.append((self._unweighted(batch, frozenset({"rank"})), batch))
-            return
-        loss, tokens = self.score(batch, frozenset({"rank"}))
-        self._add_to_means(loss, tokens, batch)
+            self._validated.append((unweighted(self, batch, frozenset({"rank"}), self.router), batch))
+        else:
+            loss, tokens = self.score(batch, frozenset({"rank"}), router=self.router)
+            self._add_to_means(loss, tokens, batch)
+        if self.router is not None:
+            self.router.validate()
 
     def _add_to_means(self, loss: Tensor, tokens: TokenStats, batch: "Batch") -> None:
         count = units(self.normalize, batch, self.weighting.divisor, tokens.need("weight"))
@@ -304,8 +297,9 @@ class WeightedModule(pl.LightningModule):
         held, self._validated = self._validated, []
         weights = self._weigh_together([tokens for tokens, _ in held]) if held else []
         for (tokens, batch), weight in zip(held, weights, strict=True):
-            self._add_to_means(*self._weighed(batch, tokens, weight, frozenset({"rank"})), batch)
-        self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
+            self._add_to_means(*weighed(self, batch, tokens, weight, frozenset({"rank"})), batch)
+        routed = {} if self.router is None else self.router.validated(lambda sums: reduced(self, sums))
+        self._record(stage, self.means.compute() | routed, self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 
     def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", dict[str, Tensor]]:
@@ -313,5 +307,5 @@ class WeightedModule(pl.LightningModule):
         wanted = frozenset({"entropy", "rank"})
         if self.weighting.scope != "step":
             return batch, self.score(batch, wanted)[1].tensors()
-        tokens = replace(self._unweighted(batch, wanted), sequence=batch.sequence)
+        tokens = replace(unweighted(self, batch, wanted), sequence=batch.sequence)
         return batch, replace(tokens, weight=torch.full_like(tokens.logp, torch.nan)).tensors()

@@ -32,6 +32,7 @@ class Batch:
         position_ids: (B, T) place of each token in its document, where rows are packed; else None.
         cu_seqlens: (D+1,) int32, where each document begins in the B·T positions, and their end; with position_ids.
         longest: tokens of the longest document; with position_ids.
+        filled: how many positions of each row hold tokens, from the left; the others are padding.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Batch:
         longest: int = 0,
         stop: Tensor | None = None,
         data_weight: Tensor | None = None,
+        filled: Sequence[int] = (),
     ) -> None:
         self.input_ids = input_ids
         self.supervised = supervised
@@ -65,6 +67,7 @@ class Batch:
         self.longest = longest
         self.stop = stop
         self.data_weight = data_weight
+        self.filled = filled
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -156,6 +159,7 @@ class Collator:
             row=torch.tensor([sequence["row"] for sequence in sequences], dtype=torch.long),
             counts=list(map(len, target)),
             lengths=[size for row in lengths for size in row],
+            filled=[sum(row) for row in lengths] + [0] * (height - len(lengths)),
             ref_logp=self._reference(sequences),
             stop=_marks(sequences, places, "stop", np.False_),
             data_weight=_marks(sequences, places, "weight", np.float32(1)),

@@ -55,6 +55,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         dealing=Dealing.of(trainer),
         four_bits=module.source.quantization is not None,
         embeddings_trained=module.resize_embeddings is not False,
+        router=module.router is not None,
     )
 
 

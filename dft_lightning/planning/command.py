@@ -13,7 +13,7 @@ from dft_lightning.adapters import refuse_sharded
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource
+from dft_lightning.models import load_config
 from dft_lightning.planning.dealt import Dealing, strategy_of
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.peaks import Device, find_device
@@ -67,19 +67,8 @@ class PlanCommand(InsteadOfTraining):
             utilisation=config.utilisation,
             dealing=None if strategy is None else Dealing.by(strategy, place.devices),
         )
-        model_config = _configuration(self.model.base_source)
+        model_config = load_config(self.model.base_source)
         return make_plan(self.model, cast(ChatDataModule, self.datamodule), model_config, place, options)
-
-
-def _configuration(source: ModelSource) -> Any:
-    from transformers import AutoConfig
-
-    from dft_lightning.models import loading
-
-    with loading("configuration", source):
-        return AutoConfig.from_pretrained(
-            source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
 
 
 def _place(name: str | None, memory_gib: float | None, trainer: Any, peak: float | None) -> Place:

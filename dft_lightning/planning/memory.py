@@ -53,6 +53,7 @@ class Load:
         dealing: how the model is dealt out over the ranks; None where each has all of it.
         four_bits: whether weights beside adapters are held in 4 bits.
         embeddings_trained: whether embedding and head are trained next to adapters.
+        router: whether there is a router loss.
     """
 
     config: Any
@@ -75,6 +76,7 @@ class Load:
     dealing: Dealing | None = None
     four_bits: bool = False
     embeddings_trained: bool = False
+    router: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -170,6 +172,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         targets=load.targets,
         four_bits=load.four_bits,
         embeddings_trained=load.embeddings_trained,
+        router=load.router,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:

@@ -11,6 +11,7 @@ from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.embedding_rows import config_with_rows, prepare_source
+from dft_lightning.loss_terms import refuse_unsupported, wants_router_loss
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
@@ -141,7 +142,9 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         dealing=options.dealing,
         four_bits=module.source.quantization is not None,
         embeddings_trained=module.resize_embeddings is not False,
+        router=wants_router_loss(config, module.router_loss),
     )
+    refuse_unsupported(config, module.unsupported_losses)
     refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
     if module.compile_layers:

@@ -27,8 +27,10 @@ from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.four_bits import pack, refuse_dora
+from dft_lightning.planning.grouped_products import GroupedProducts
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
+from dft_lightning.router_loss import recording, routing_of
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
@@ -82,6 +84,7 @@ class Setting:
         accumulates: whether gradients of earlier micro-batches are there.
         narrow_logits: whether the loss holds logits in the products' precision.
         together: whether all rows of a chunk are weighed together.
+        router: whether there is a router loss.
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
         four_bits: whether the weights beside adapters are held in 4 bits.
         embeddings_trained: whether embedding and head are trained next to adapters.
@@ -99,6 +102,7 @@ class Setting:
     targets: int = 0
     four_bits: bool = False
     embeddings_trained: bool = False
+    router: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -185,7 +189,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         before = [*base.parameters(), *base.buffers(), *_tensors(given), *gradients]
-        with LiveBytes(before) as live:
+        with GroupedProducts(), LiveBytes(before) as live:
             return _run(base, given, shape.supervised, setting, live)
 
 
@@ -195,15 +199,17 @@ def _run(base: Any, batch: Batch, supervised: int, setting: Setting, live: LiveB
     capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
     casting = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
     with casting:
-        states = decoder(**inputs(batch, _TOLD if told else "")).last_hidden_state  # (B, T, H)
-        flat = states.flatten(0, 1).index_select(0, torch.zeros(supervised, dtype=torch.long))
-        del states
+        output = decoder(**inputs(batch, _TOLD if told else ""), **recording(decoder, setting.router))
+        flat = output.last_hidden_state.flatten(0, 1).index_select(0, torch.zeros(supervised, dtype=torch.long))
+        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool)
+        balance = routing_of(output.router_logits, real, 1).balance if setting.router else 0.0
+        del output
         saved = live.now
         forward_peak, live.peak = live.peak, live.now
         loss = _LossHead.apply(flat, head.weight, setting, capped)  # type: ignore[no-untyped-call]
         del flat
         head_peak = live.peak - saved
-    loss.backward()
+    (loss + balance).backward()
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     return Footprint(saved, head_peak, max(forward_peak, live.peak), gradients)
 

@@ -12,7 +12,7 @@ from dft_lightning.models import WeightedLM
 from dft_lightning.recomputation import layers_of
 
 #: What runs the model beside `forward`, and wants its weights gathered as well.
-_RUN_THE_MODEL = ("logp", "reference", "check_borders")
+_RUN_THE_MODEL = ("logp", "reference", "check_borders", "own_loss")
 
 
 def shard(network: WeightedLM, mesh: DeviceMesh, compute: torch.dtype | None, prefetch: int) -> None:
