@@ -7,9 +7,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning import schedules
 from dft_lightning.attention import implementation_of
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
+from dft_lightning.optimizers import described
 from dft_lightning.precision import precision_of
 from dft_lightning.quantization import numbers
 
@@ -55,6 +57,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         + _RECOMPUTED[module.recomputation],
         "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
     }
+    facts |= _optimizer_facts(trainer, module)
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
     facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
@@ -64,6 +67,28 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
         "run folder": str(trainer.default_root_dir),
     }
+
+
+def _optimizer_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
+    """The optimizer's groups as they are, the schedule, what is frozen by its name, and the seeds."""
+    assert module.network is not None
+    groups = described(trainer.optimizers[0], module.settings)
+    total, options = module.total_steps, module.lr_schedule_kwargs
+    facts = {
+        "optimizer": "\n".join(groups),
+        "learning rate": schedules.described(module.lr_schedule, options, int(module.warmup_ratio * total), total),
+    }
+    if any(group.get("maximize") for group in module.settings):
+        facts["optimizer"] += "\nmaximize: gradient ascent, away from what the data say"
+    if module.freezing:
+        model = module.network.model
+        frozen = module.freezing.frozen(model)
+        also = module.freezing.also_frozen(model)
+        tied = f", tied: {', '.join(also)}" if also else ""
+        facts["frozen"] = f"{sum(each.numel() for each in frozen):,} parameters in {len(frozen):,} tensors{tied}"
+    own = getattr(getattr(trainer, "datamodule", None), "seed", module.seed)
+    facts["seeds"] = f"{module.seed} (initialisation, dropout); {own} (subset, validation split, shuffle)"
+    return facts
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

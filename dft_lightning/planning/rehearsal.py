@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
@@ -82,6 +83,7 @@ class Setting:
         together: whether all rows of a chunk are weighed together.
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
         four_bits: whether the weights beside adapters are held in 4 bits.
+        freezing: what of the model is not trained.
     """
 
     dtype: torch.dtype
@@ -95,6 +97,7 @@ class Setting:
     together: bool = False
     targets: int = 0
     four_bits: bool = False
+    freezing: Freezing = NOTHING
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -168,6 +171,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
         attention = _TOLD if plain else setting.attention
         with unset_fake_temporarily():
             model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.four_bits)
+            setting.freezing.apply(model)
         _faked(model)
         base = model if lora is None else model.get_base_model()
         recompute(base.get_decoder(), setting.recomputation)
