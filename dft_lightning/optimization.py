@@ -36,6 +36,8 @@ def configured(
     optimizer = module.optimization.build(module.network.model)
     if resumed is not None:
         resume.refuse_optimizer(resumed, optimizer)
+    for group in optimizer.param_groups:  # a schedule changes a tensor in place
+        group["lr"] = group["lr"].clone() if isinstance(group["lr"], torch.Tensor) else group["lr"]
     refuse_fused_scaling(module.trainer, optimizer)
     refuse_parts(module.trainer, optimizer)
     module.optimization.check_device(module.device)

@@ -56,7 +56,8 @@ def _is_optimizer(candidate: Any) -> bool:
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for found in base.__subclasses__():
+    known: list[type] = base.__subclasses__()
+    for found in known:
         yield found
         yield from _subclasses(found)
 
@@ -182,10 +183,9 @@ def _arranged(words: Sequence[str]) -> list[str]:
     last = named[-1]
     early = [words for option, words in parts[:last] if option.startswith(f"{OPTION}.")]
     others = [words for option, words in parts[:last] if not option.startswith(f"{OPTION}.")]
-    option, _, value = parts[last][1][0].partition("=")
-    value = value or parts[last][1][-1]
+    value = parts[last][1][0].partition("=")[2] or parts[last][1][-1]
     late = _flat([words for _, words in parts[last + 1 :]])
-    return [*_flat(others), option, _named_fully(value), *_flat(early), *late]
+    return [*_flat(others), f"--{OPTION}", _named_fully(value), *_flat(early), *late]
 
 
 def _named_fully(word: str) -> str:
@@ -211,7 +211,8 @@ def _parts(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         taken = [word]
         while "=" not in word and left and not left[0].startswith("--"):
             taken.append(left.pop(0))
-        yield word.lstrip("-").partition("=")[0], taken
+        name = word.lstrip("-").partition("=")[0]
+        yield OPTION if name == f"{OPTION}.class_path" else name, taken
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:

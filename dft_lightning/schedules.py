@@ -107,6 +107,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     if unknown := sorted(set(options) - set(known)):
         listed = f"it takes {', '.join(known)}" if known else "it takes none"
         raise UserError(f"{_OPTION}_kwargs has {', '.join(unknown)}, which {name} does not have: {listed}")
+    for key, value in options.items():
+        if isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"{_OPTION}_kwargs.{key} is {value}; expected a number of at least 0")
     if missing := [key for key, needed in known.items() if needed and key not in options]:
         raise UserError(f"{_OPTION} {name} needs --{_OPTION}_kwargs '{{{missing[0]}: …}}'")
 
