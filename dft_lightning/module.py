@@ -125,8 +125,7 @@ class FineTuner(WeightedModule):
         self.old_policy = OldPolicy(window) if window else None
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
-        self.settings: list[dict[str, Any]] = []
-        """The options in force of each group of the optimizer."""
+        self._settings: list[dict[str, Any]] = []  # in force, of each group of the optimizer
         self._layers_ready = False
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
@@ -269,7 +268,7 @@ class FineTuner(WeightedModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""
-        optimizer, scheduler, self.settings = configured(self, self._resumed)
+        optimizer, scheduler, self._settings = configured(self, self._resumed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def put_in_force(module: "FineTuner", resumed: Mapping[str, Any]) -> None:
         resumed: facts of the checkpoint that the run resumes from.
     """
     scheduler: Any = module.trainer.lr_scheduler_configs[0].scheduler
-    changed = restore_settings(module.trainer.optimizers[0], scheduler, module.settings)
+    changed = restore_settings(module.trainer.optimizers[0], scheduler, module._settings)
     others = resume.changes(resumed["settings"], resume.settings_of(module))
     changed += [f"{what} {change}" for what, change in others.items()]
     if changed:

@@ -192,7 +192,7 @@ FAULTS = [
           f"{CALLBACKS}checkpoints.py::test_a_saving_that_fails_leaves_the_one_before"),
     fault(21, "logs stay in memory", "callbacks/checkpoints.py", "            logger.save()", "                pass",
           f"{CALLBACKS}checkpoints.py::test_what_was_logged_is_on_disk_with_the_checkpoint"),
-    fault(21, "the checkpoint's learning rate wins", "optimization.py", "changed = restore_settings(module.trainer.optimizers[0], scheduler, module.settings)", "changed = []",
+    fault(21, "the checkpoint's learning rate wins", "optimization.py", "changed = restore_settings(module.trainer.optimizers[0], scheduler, module._settings)", "changed = []",
           "tests/test_resume.py::TestSettings::test_a_new_learning_rate_is_in_force_and_said", ("        scheduler = self.trainer.lr_scheduler_configs[0].scheduler\n", "")),
     fault(21, "micro-batches of another geometry", "module.py", "        resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)\n", "",
           "tests/test_resume.py::test_it_goes_on_in_another_geometry_with_the_same_gradients"),

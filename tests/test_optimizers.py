@@ -185,7 +185,7 @@ def test_what_is_printed_is_what_the_groups_are(model_dir, rows_file, tmp_path):
     assert (
         shown[1] == f"AdamW(lr=0.01, betas=(0.8, 0.9), eps=1e-07, weight_decay=0.0) on {5 * 32} parameters in 5 tensors"
     )
-    assert described(trainer.optimizers[0], tuner.settings) == shown
+    assert described(trainer.optimizers[0], tuner._settings) == shown
 
 
 def test_several_groups_resume_and_other_settings_win(model_dir, rows_file, tmp_path, caplog):

@@ -72,13 +72,13 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
 def _optimizer_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     """The optimizer's groups as they are, the schedule, what is frozen by its name, and the seeds."""
     assert module.network is not None
-    groups = described(trainer.optimizers[0], module.settings)
+    groups = described(trainer.optimizers[0], module._settings)
     total, options = module.total_steps, module.lr_schedule_kwargs
     facts = {
         "optimizer": "\n".join(groups),
         "learning rate": schedules.described(module.lr_schedule, options, int(module.warmup_ratio * total), total),
     }
-    if any(group.get("maximize") for group in module.settings):
+    if any(group.get("maximize") for group in module._settings):
         facts["optimizer"] += "\nmaximize: gradient ascent, away from what the data say"
     if module.freezing:
         model = module.network.model
