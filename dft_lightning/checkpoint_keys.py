@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning.errors import UserError
+from dft_lightning.seeds import seeded
 
 if TYPE_CHECKING:
     from dft_lightning.models import ModelSource
@@ -81,7 +82,7 @@ def read_weights(from_pretrained: Callable[..., Any], source: "ModelSource", opt
         UserError: weights are missing, unused, of another shape, tied in the configuration but not in the file, or not
             finite; or `allow_missing` names what is not missing.
     """
-    with drawing_from(source.seed), _without_report():
+    with seeded(source.seed), _without_report():
         model, info = from_pretrained(source.path(), **options, output_loading_info=True, ignore_mismatched_sizes=True)
     check_names(Differences.of(info, model), type(model).__name__, source)
     check_ties(model, source)
@@ -221,17 +222,6 @@ def _patterns(found: Differences) -> str:
         same = next(place for place, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1)
         kinds = [f"{first[:same]}*"]
     return json.dumps(kinds)
-
-
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Random numbers of the CPU follow from the seed for a while; afterwards they are what they would have been."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 @contextmanager

@@ -32,19 +32,22 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.checkpointing import skeleton
 from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.optimizer_options import with_own_options
 from dft_lightning.parser import Parser
 from dft_lightning.precision import refuse_precision, refuse_precision_name
 from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
-from dft_lightning.resume import Change, identity_by_options, refuse
+from dft_lightning.resume import CHECKPOINT_KEY, Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
+from dft_lightning.seeds import data_seed, drawn, resumed
 from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
@@ -91,6 +94,21 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(RollCall, "roll_call")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Also draw a seed, where one is to be drawn."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self._seed_asked = config.seed_everything
+        config.seed_everything = drawn(self._seed_asked)
+
+    def _seeds_of_checkpoint(self, config: Any) -> None:
+        """What was drawn by a seed when the run began is drawn by it still."""
+        facts = skeleton(Path(config.ckpt_path)).get(CHECKPOINT_KEY, {})
+        config.seed_everything = resumed(self._seed_asked, config.seed_everything, facts)
+        options = config.data.get("init_args", {})
+        if "seed" in options:
+            options["seed"] = data_seed(options["seed"], facts)
+
     def _parse_ckpt_path(self) -> None:
         """Not as in Lightning, where a checkpoint's options replace those that the user gives."""
 
@@ -116,6 +134,7 @@ class CommandLine(LightningCLI):
             refuse_own(config.ckpt_path, self.run_dir)
         if config.ckpt_path is not None:
             self._stored, self._step = read_checkpoint(config.ckpt_path, self.subcommand)
+            self._seeds_of_checkpoint(config)
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
 
@@ -197,6 +216,8 @@ class InsteadOfTraining(CommandLine):
 def _root(error: BaseException) -> BaseException:
     """Where a chain of errors began: jsonargparse wraps a constructor's error in some of its own."""
     while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
+        if isinstance(error, UserError):  # it says more than what it was made of
+            break
         error = earlier
     return error
 
@@ -207,9 +228,9 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     _quieten()
     load_plugins()
     meet_anew()
-    given = _with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)])
-    Parser.given = given
     try:
+        given = with_own_options(_with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)]))
+        Parser.given = given
         command_line(
             FineTuner,
             ChatDataModule,

@@ -4,15 +4,14 @@ Shapes: V rows of the embedding, H hidden size.
 """
 
 import copy
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dft_lightning.checkpoint_keys import drawing_from
 from dft_lightning.errors import UserError
+from dft_lightning.seeds import run_seed, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ def largest_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 def prepare_source(module: "WeightedModule") -> "ModelSource":
     """The module's source, told what its weights depend on next to the checkpoint: the tokenizer, and the seed."""
     source = module.source
-    source.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    source.seed = run_seed()
     if module.resize_embeddings is not False:
         source.embedding_rows = rows_needed(module.tokenizer, module.resize_embeddings)
     return source
@@ -96,7 +95,7 @@ def grow(model: Any, rows: int | None, seed: int) -> None:
     before = model.get_input_embeddings().weight.shape[0]
     if rows is None or rows <= before:
         return
-    with drawing_from(seed):
+    with seeded(seed):
         model.resize_token_embeddings(rows, mean_resizing=True)
     rank_zero_info(
         f"model.resize_embeddings: the embedding and the head have {rows:,} rows, {before:,} in the checkpoint; new "

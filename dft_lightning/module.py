@@ -1,6 +1,5 @@
 """`FineTuner`: one training step, whatever a token is worth."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,18 +16,22 @@ from dft_lightning.adapters import prepare_adapters
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
+from dft_lightning.freezing import freezing_of
 from dft_lightning.initial_model import Reference
 from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, prepare_loss_terms
 from dft_lightning.models import LoRA, ModelSource, Precision
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
-from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
+from dft_lightning.optimization import configured, papers_adamw, put_in_force
+from dft_lightning.optimizers import MuonAdamW, Optimization
+from dft_lightning.parameter_groups import Exempt
 from dft_lightning.prepass import Prepass, prepass, refuse_without_steps, router_share
 from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
-from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
+from dft_lightning.refusals import refuse
 from dft_lightning.row_limits import check_limits
 from dft_lightning.scoring import WeightedModule
+from dft_lightning.seeds import run_seed, seeded
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
 from dft_lightning.weighting.spec import from_spec, to_spec
@@ -46,9 +49,15 @@ class FineTuner(WeightedModule):
         weighting: what each token is worth: Uniform (SFT), DFT, another of `dft weightings`, or a class of your own.
         normalize: divide a step's loss by its supervised tokens, its sequences, or as the DFT paper's code does, by
             micro-batches (the gradient then depends on the micro-batch size).
-        optimizer: any torch optimizer; the default is the DFT paper's.
+        optimizer: any optimizer class; a bare name is torch's. The default is the DFT paper's AdamW; another class has
+            its own defaults. Muon takes matrices; embeddings, output head, norms and biases then get AdamW.
+        muon_adamw: with Muon, AdamW's settings for what is not a matrix, e.g. --model.muon_adamw.lr 1e-4.
+        weight_decay_exempt: kinds of parameters without weight decay, of norm, bias, embedding; by default none.
         lr_schedule: name of a schedule of transformers: cosine, linear, constant_with_warmup, …
-        warmup_ratio: share of the steps over which the learning rate rises from 0.
+        lr_schedule_kwargs: further arguments of the schedule, e.g. '{min_lr_rate: 0.1}' for cosine_with_min_lr.
+        warmup_ratio: share of the steps over which the learning rate rises from 0; the schedule constant has none.
+        freeze: patterns of names of parameters that are not trained, e.g. '["model.embed_tokens.*"]'.
+        train_only: patterns of names of the parameters that alone are trained.
         dtype: of the weights; auto means that of trainer.precision where it ends in "-true", else float32.
         attn_implementation: sdpa, eager, varlen (ours, for packed rows), flash_attention_2, …; by default what
             transformers chooses.
@@ -86,8 +95,13 @@ class FineTuner(WeightedModule):
         weighting: TokenWeighting,
         normalize: Normalize = "tokens",
         optimizer: OptimizerCallable = papers_adamw,
+        muon_adamw: MuonAdamW | None = None,
+        weight_decay_exempt: list[Exempt] | None = None,
         lr_schedule: str = "cosine",
+        lr_schedule_kwargs: dict[str, Any] | None = None,
         warmup_ratio: float = 0.1,
+        freeze: list[str] | None = None,
+        train_only: list[str] | None = None,
         dtype: Precision = "auto",
         attn_implementation: str | None = None,
         activation_checkpointing: Recomputation | Literal["auto"] = "none",
@@ -113,10 +127,12 @@ class FineTuner(WeightedModule):
         # A checkpoint holds plain data, and is loaded without pickle: a weighting and LoRA come back as dictionaries.
         self.weighting = _revived(weighting, from_spec)
         self.lora = _revived(lora, lambda fields: LoRA(**fields))
-        self.save_hyperparameters(
-            given | {"weighting": to_spec(self.weighting), "lora": asdict(self.lora) if self.lora else None}
-        )
-        self.optimizer, self.lr_schedule, self.warmup_ratio = optimizer, lr_schedule, warmup_ratio
+        muon_adamw = _revived(muon_adamw, lambda fields: MuonAdamW(**fields))
+        given |= {"lora": self.lora and asdict(self.lora), "muon_adamw": muon_adamw and asdict(muon_adamw)}
+        self.save_hyperparameters(given | {"weighting": to_spec(self.weighting)})
+        self.optimization = Optimization(optimizer, muon_adamw, tuple(weight_decay_exempt or ()))
+        self.lr_schedule, self.lr_schedule_kwargs, self.warmup_ratio = lr_schedule, lr_schedule_kwargs, warmup_ratio
+        self.freezing = freezing_of(freeze, train_only)
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.source.quantization, self.dtype_choice, self.normalize = quantization, dtype, normalize
         self.adapter, self.tokenizer_name, self.chat_template = adapter, tokenizer_name, chat_template
@@ -131,11 +147,17 @@ class FineTuner(WeightedModule):
         self.old_policy = OldPolicy(window) if window else None
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
+        self._settings: list[dict[str, Any]] = []  # in force, of each group of the optimizer
         self._layers_ready = False
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
         self._ahead = Prepass()  # of the present step
         refuse(self)
+
+    def initial_model(self, *, empty: bool = False) -> Any:
+        """By the run's seed, with what is not trained frozen."""
+        with seeded(self.seed):  # rows that a checkpoint lacks, adapters
+            return self.freezing.apply(super().initial_model(empty=empty))
 
     def setup(self, stage: str) -> None:
         """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
@@ -162,16 +184,6 @@ class FineTuner(WeightedModule):
         self.step.add(loss, batch, tokens, value)
         return loss + added
 
-    def _recomputation(self, data: "ChatDataModule | None") -> Recomputation:
-        """What is in force, where it is to be found out too."""
-        if self.activation_checkpointing != "auto":
-            return self.activation_checkpointing
-        from dft_lightning.planning.automatic import choose
-
-        if data is None:
-            raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
-        return choose(self, data)
-
     def _begin_window(self, old: OldPolicy, step: int) -> None:
         """Have the policy, as it is now, look at what the window's steps will train on."""
         data, epoch = cast("ChatDataModule", self.trainer.datamodule), self.trainer.current_epoch  # type: ignore[attr-defined]
@@ -184,7 +196,7 @@ class FineTuner(WeightedModule):
     @property
     def seed(self) -> int:
         """That of `seed_everything`."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return run_seed()
 
     def _seed(self, micro_batch: int) -> None:
         """Dropout follows from seed, step, micro-batch and rank, so that it is the same after a restart."""
@@ -249,7 +261,9 @@ class FineTuner(WeightedModule):
         decoder = self._network.base.get_decoder()
         if not self._layers_ready:
             self._layers_ready = True
-            self.recomputation = self._recomputation(data)
+            from dft_lightning.planning.automatic import recomputation_of
+
+            self.recomputation = recomputation_of(self, data)
             recompute(decoder, self.recomputation)
             if self.compile_layers:
                 compile_layers(decoder)
@@ -262,26 +276,12 @@ class FineTuner(WeightedModule):
     def on_train_start(self) -> None:
         """After a resume: the run's own learning rate and other settings are in force, and what has changed is said."""
         self.step.skipped.forget_later(self.trainer)
-        if self._resumed is None:
-            return
-        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)
-        others = resume.changes(self._resumed["settings"], resume.settings_of(self))
-        changed += [f"{what} {change}" for what, change in others.items()]
-        if changed:
-            rank_zero_info(f"Going on with other settings than the checkpoint's: {', '.join(changed)}")
+        if self._resumed is not None:
+            put_in_force(self, self._resumed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""
-        optimizer = self.optimizer([parameter for parameter in self._network.parameters() if parameter.requires_grad])
-        if self._resumed is not None:
-            then, now = self._resumed["optimizer"], type(optimizer).__qualname__
-            resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
-        refuse_fused_scaling(self.trainer, optimizer)
-        refuse_parts(self.trainer, optimizer)
-        total = self.total_steps
-        scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
-        self._settings = settings(optimizer)
+        optimizer, scheduler, self._settings = configured(self, self._resumed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
-from dft_lightning import embedded
+from dft_lightning import embedded, schedules
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.embedding_rows import check_resize
 from dft_lightning.errors import UserError
 from dft_lightning.loss_terms import check_router_option
 from dft_lightning.models import ModelSource
+from dft_lightning.optimizers import parts_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_quantized, refuse_strategy
 from dft_lightning.weighting import Exempt, TokenWeighting
@@ -44,6 +45,8 @@ def refuse(module: "FineTuner") -> None:
         if value is not None and value < 1:
             raise UserError(f"model.{option} is {value}; expected 1 or more")
     check_router_option(module.router_loss)
+    module.optimization.check()
+    schedules.check(module.lr_schedule, module.lr_schedule_kwargs, module.optimization.lr)
     if not 0.0 <= module.warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {module.warmup_ratio}; expected a share from 0 to less than 1")
 
@@ -101,21 +104,25 @@ def refuse_adapter_options(module: "WeightedModule") -> None:
 def refuse_fused_scaling(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Lightning leaves unscaling to such an optimizer, so that its gradients would be clipped as they are scaled."""
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaled and any(getattr(part, "_step_supports_amp_scaling", False) for part in parts_of(optimizer)):
         raise UserError(
             f"precision {trainer.precision} scales gradients, and a fused {type(optimizer).__name__} unscales them too "
             "late for clipping and logging: set fused to false, or take bf16"
         )
 
 
-#: Optimizers of torch whose step looks at a whole weight, or takes operators that parts of one do not have.
+#: Optimizers whose step looks at a whole weight, or takes operators that parts of one do not have.
 _OF_WHOLE_WEIGHTS = {"Adafactor", "LBFGS", "Muon", "Rprop"}
+#: Packages whose optimizers are kernels for plain tensors.
+_OF_PLAIN_TENSORS = ("bitsandbytes.",)
 
 
 def refuse_parts(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
     """An optimizer whose step would be another, or none, where a rank has parts of the weights."""
-    kinds = {kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.")}
-    if isinstance(trainer.strategy, FSDP2Strategy) and kinds & _OF_WHOLE_WEIGHTS:
+    classes = [kind for part in parts_of(optimizer) for kind in type(part).__mro__]
+    kinds = {kind.__name__ for kind in classes if kind.__module__.startswith(("torch.", "transformers."))}
+    plain = any(kind.__module__.startswith(_OF_PLAIN_TENSORS) for kind in classes)
+    if isinstance(trainer.strategy, FSDP2Strategy) and (plain or kinds & _OF_WHOLE_WEIGHTS):
         raise UserError(
             f"model.optimizer {type(optimizer).__name__} looks at whole weights, of which trainer.strategy fsdp2 gives "
             "each rank a part: take one that goes entry by entry (AdamW, SGD, …), or trainer.strategy ddp"

@@ -35,6 +35,10 @@ _OF_THE_VERSION = (
 )
 
 
+#: Options that decide which parameters an optimizer has, and in which of its groups.
+_OF_PARAMETERS = ("freeze", "train_only", "weight_decay_exempt")
+
+
 def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
     """What the options of a `FineTuner` say that it optimises; known before anything is loaded."""
     return {
@@ -43,6 +47,7 @@ def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
         "normalize": {"": hparams["normalize"]},
         "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")}
         | {"resize_embeddings": hparams.get("resize_embeddings") or None},
+        "parameters": {name: hparams.get(name) or None for name in _OF_PARAMETERS},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
 
@@ -86,6 +91,7 @@ def settings_of(module: "FineTuner") -> dict[str, Any]:
         "steps": module.total_steps,
         "seed": module.seed,
         "lr_schedule": module.lr_schedule,
+        "lr_schedule_kwargs": module.lr_schedule_kwargs,
         "warmup_ratio": module.warmup_ratio,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
@@ -105,6 +111,8 @@ def facts_of(module: "FineTuner") -> dict[str, Any]:
         "identity": identity(module),
         "settings": settings_of(module),
         "optimizer": type(module.trainer.optimizers[0]).__qualname__,
+        "optimizer_module": type(module.trainer.optimizers[0]).__module__,
+        "data_seed": getattr(getattr(module.trainer, "datamodule", None), "seed", None),
         "reference": module.reference_weights,
         "skipped": module.step.skipped.state(),
         "micro_batches": module.trainer.accumulate_grad_batches,
@@ -129,7 +137,7 @@ def refuse(then: Mapping[str, Mapping[str, Any]], now: Identity, allowed: Iterab
         for kind, differences in found.items()
         for part, change in differences.items()
     )
-    if {"lora", "optimizer", "shapes"} & found.keys():
+    if {"lora", "optimizer", "parameters", "shapes"} & found.keys():
         way = "its state does not fit these options: give the same ones"
     else:
         way = f"go on all the same with --allow_changes '[{', '.join(sorted({*found, *allowed}))}]'"
@@ -137,6 +145,14 @@ def refuse(then: Mapping[str, Mapping[str, Any]], now: Identity, allowed: Iterab
         f"the checkpoint is of a run with other options ({listed}): choose another --run_dir, start anew with "
         f"--overwrite true, or a new run from its exported model; {way}"
     )
+
+
+def refuse_optimizer(then: Mapping[str, Any], optimizer: Any) -> None:
+    """Refuse an optimizer of another class than the checkpoint's facts name, of another package with the same name."""
+    kind = type(optimizer)
+    refuse({"optimizer": {"": then["optimizer"]}}, {"optimizer": {"": kind.__qualname__}})
+    module = then.get("optimizer_module", kind.__module__)  # not there in checkpoints of earlier versions
+    refuse({"optimizer": {"module": module}}, {"optimizer": {"module": kind.__module__}})
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, Any]:

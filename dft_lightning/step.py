@@ -100,7 +100,7 @@ class StepInTheMaking:
         """What there is to log of the step; the next one begins."""
         assert self._sums is not None
         values = {name: value for name, value in token_means(self._sums).items() if name != "top1"}
-        values["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
         values["grad_norm"] = self._norm[0]
         values |= dict(zip(self._terms, self._summed_terms, strict=True))
         if self.skipped.this_one:

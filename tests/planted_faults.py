@@ -38,6 +38,8 @@ EDGES = "tests/weighting/test_formulas.py"
 SHARDING, DEALT = "tests/sharding/test_", "tests/planning/test_dealt.py"
 SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 
+SEEDS, OPTIONS, OPTIMIZERS = "tests/test_seeds.py::", "tests/test_optimizer_options.py::", "tests/test_optimizers.py::"
+SCHEDULES, FREEZING = "tests/test_schedules.py::", "tests/test_freezing.py::"
 FOUR_BITS = "tests/test_quantization.py::"
 PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
 WRITTEN = "tests/checkpointing/test_run_checkpoints.py::"
@@ -191,11 +193,11 @@ FAULTS = [
           f"{CALLBACKS}checkpoints.py::test_a_saving_that_fails_leaves_the_one_before"),
     fault(21, "logs stay in memory", "callbacks/checkpoints.py", "            logger.save()", "                pass",
           f"{CALLBACKS}checkpoints.py::test_what_was_logged_is_on_disk_with_the_checkpoint"),
-    fault(21, "the checkpoint's learning rate wins", "module.py", "changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)", "changed = []",
+    fault(21, "the checkpoint's learning rate wins", "optimization.py", "changed = restore_settings(module.trainer.optimizers[0], scheduler, module._settings)", "changed = []",
           "tests/test_resume.py::TestSettings::test_a_new_learning_rate_is_in_force_and_said", ("        scheduler = self.trainer.lr_scheduler_configs[0].scheduler\n", "")),
     fault(21, "micro-batches of another geometry", "module.py", "        resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)\n", "",
           "tests/test_resume.py::test_it_goes_on_in_another_geometry_with_the_same_gradients"),
-    fault(21, "looking draws random numbers", "data/loaders.py", "generator=torch.Generator(),", "generator=None,",
+    fault(21, "looking draws random numbers", "data/loaders.py", "generator=torch.Generator().manual_seed(self.seed),", "generator=None,",
           "tests/data/test_datamodule.py::test_looking_at_the_data_draws_no_random_numbers"),
     fault(17, "a loss that is not finite is let pass", "step.py", "math.isfinite(loss) and math.isfinite(norm)", "math.isfinite(norm)",
           f"{NONFINITE}test_a_loss_that_is_not_finite_is_enough"),
@@ -497,7 +499,7 @@ FAULTS = [
           "tests/test_embedding_rows.py::test_the_reference_next_to_an_adapter_is_the_initial_model"),
     fault(31, "an export has the rows of the configuration", "exporting/stored.py", "source.embedding_rows = rows_stored(_without_weights(source), self.weights)", "pass",
           "tests/test_embedding_rows.py::test_following_the_advice_trains_resumes_and_exports"),
-    fault(31, "new rows depend on what was drawn before", "embedding_rows.py", "    with drawing_from(seed):\n", "    if True:\n", "tests/test_embedding_rows.py::TestGrowing::test_by_the_seed_alone"),
+    fault(31, "new rows depend on what was drawn before", "embedding_rows.py", "    with seeded(seed):\n", "    if True:\n", "tests/test_embedding_rows.py::TestGrowing::test_by_the_seed_alone"),
     fault(31, "a plan does not train the rows beside an adapter", "planning/plan.py", "embeddings_trained=module.resize_embeddings is not False,", "embeddings_trained=False,",
           "tests/test_embedding_rows.py::test_a_plan_has_the_new_rows_and_trains_them"),
     fault(31, "a revision of a folder is ignored", "refusals.py", "    refuse_revision(module.source)\n", "", "tests/test_embedding_rows.py::test_what_does_not_go_with_it"),
@@ -570,6 +572,42 @@ FAULTS = [
     fault(0, "a mixture of experts cannot be planned", "planning/grouped_products.py", '!= "aten._grouped_mm.default"', '!= ""', "tests/planning/test_grouped_products.py"),
     fault(0, "no memory is planned for the router loss", "planning/memory.py", "        router=load.router,", "        router=False,",
           "tests/planning/test_grouped_products.py"),
+    fault(33, "the run's seed does not reach the data", "data/loaders.py", "return run_seed() if own is None else own", "return own or 0",
+          f"{SEEDS}test_two_seeds_differ_and_one_repeats[shuffle]"),
+    fault(33, "the run's seed does not reach the subset", "data/rows.py", "seed = run_seed() if options.seed is None else options.seed", "seed = options.seed or 0",
+          f"{SEEDS}test_two_seeds_differ_and_one_repeats[subset]"),
+    fault(33, "data.seed is passed over", "data/rows.py", "seed = run_seed() if options.seed is None else options.seed", "seed = run_seed()",
+          f"{SEEDS}test_the_datas_own_seed_wins[subset]"),
+    fault(33, "adapters depend on what was drawn before", "module.py", "with seeded(self.seed):", "with nullcontext():", f"{SEEDS}test_two_seeds_differ_and_one_repeats[adapters]",
+          ("import Callable, Mapping\n", "import Callable, Mapping\nfrom contextlib import nullcontext\n")),
+    fault(33, "a drawn seed is another one after a resume", "seeds.py", "if asked is not True or then is None:", "if True:", f"{SEEDS}TestCommand::test_a_drawn_seed_is_that_of_the_whole_run"),
+    fault(33, "true is no seed at all", "seeds.py", "return secrets.randbelow(_LIMIT)", "return 0", f"{SEEDS}TestDrawn::test_true_draws_another_each_time"),
+    fault(33, "an earlier version's subset is drawn by another seed", "seeds.py", 'or "data_seed" in facts:', 'or True:', f"{SEEDS}test_what_a_resumed_run_takes_for_the_datas_seed"),
+    fault(33, "options of one optimizer reach another", "optimizer_options.py", "for name in sorted(self.seen - self.own) if", "for name in () if", f"{OPTIONS}test_another_class_has_its_own_defaults[SGD]"),
+    fault(33, "options before the class are lost", "optimizer_options.py", '*_flat(early), *late]', '*late]', f"{OPTIONS}test_however_it_is_written"),
+    fault(33, "a bare class name is another package's", "optimizer_options.py", "if _is_optimizer(getattr(torch.optim, name, None)):", "if False:", f"{OPTIONS}test_bare_names"),
+    fault(33, "an ambiguous class is the first that is found", "optimizer_options.py", "if len(found) > 1:", "if False:", f"{OPTIONS}test_an_ambiguous_name_lists_the_import_paths"),
+    fault(33, "embeddings go to Muon", "parameter_groups.py", "isinstance(owner, nn.Embedding | nn.EmbeddingBag)", "False", f"{OPTIMIZERS}test_muon_takes_matrices_and_adamw_the_rest[full]"),
+    fault(33, "Muon's rest is left as it is", "optimizers.py", "for part in self.parts:\n            part.step()", "for part in self.parts[:1]:\n            part.step()", f"{OPTIMIZERS}test_muons_step_is_that_of_both_alone"),
+    fault(33, "Muon's parts keep a state of their own after a resume", "optimizers.py", "super().__setstate__(state)\n        self._share()", "super().__setstate__(state)",
+          f"{OPTIMIZERS}test_muon_takes_matrices_and_adamw_the_rest[full]"),
+    fault(33, "norms decay though they are exempt", "optimizers.py", '{"params": free, "weight_decay": 0.0}', '{"params": free}', f"{OPTIMIZERS}test_what_is_printed_is_what_the_groups_are"),
+    fault(33, "a norm goes by its class's name", "parameter_groups.py", 'return is_leaf and not adapter and "weight" in own and', 'return "norm" in type(module).__name__.lower() and',
+          "tests/test_parameter_groups.py::test_names_do_not_decide"),
+    fault(33, "a learning rate of 0 trains nothing", "optimizers.py", "float(lr) > 0.0", "float(lr) >= 0.0", f"{OPTIMIZERS}test_a_wrong_value_is_named_before_anything_is_loaded"),
+    fault(33, "an optimizer without a kernel fails in mid-run", "optimization.py", "    module.optimization.check_device(module.device)\n", "",
+          f"{OPTIMIZERS}test_what_cannot_step_on_the_device_is_refused_before_the_first_step"),
+    fault(33, "another package's class takes the state", "resume.py", 'refuse({"optimizer": {"module": module}}', 'refuse({}', f"{OPTIMIZERS}test_a_class_of_the_same_name_in_another_package_is_refused"),
+    fault(33, "arguments of a schedule are dropped", "schedules.py", "scheduler_specific_kwargs=options", "scheduler_specific_kwargs={}", f"{SCHEDULES}test_the_rates_are_those_of_transformers[polynomial]"),
+    fault(33, "all groups end at the first one's rate", "schedules.py", "[factors[rate] for rate in rates]", "[factors[rates[0]] for rate in rates]", f"{SCHEDULES}test_each_group_has_the_schedule_of_its_own_rate"),
+    fault(33, "unknown arguments of a schedule are passed over", "schedules.py", "if unknown := sorted(set(options) - set(known)):", "if unknown := []:",
+          f"{SCHEDULES}test_wrong_arguments_are_named_before_anything_is_loaded"),
+    fault(33, "frozen parameters are trained", "freezing.py", "parameter.requires_grad_(False)", "pass", f"{FREEZING}test_frozen_parameters_stay_and_others_move"),
+    fault(33, "a pattern for nothing is passed over", "freezing.py", "if not matched:", "if False:", f"{FREEZING}test_a_pattern_for_nothing_and_nothing_to_train_are_refused"),
+    fault(33, "a tied weight has one name", "freezing.py", "named_parameters(remove_duplicate=False)", "named_parameters()", f"{FREEZING}test_tied_weights_go_by_either_name"),
+    fault(33, "a resumed run freezes something else", "resume.py", '_OF_PARAMETERS = ("freeze", ', "_OF_PARAMETERS = (", f"{FREEZING}test_another_choice_is_refused_after_a_checkpoint"),
+    fault(33, "the plan trains what is frozen", "planning/memory.py", "WeightedLM(self.freezing.apply(model))", "WeightedLM(model)", f"{FREEZING}test_a_frozen_head_takes_no_gradient_and_no_states"),
+    fault(33, "the plan has AdamW's states for Muon", "planning/memory.py", '"matrix" if is_matrix else "other"', '"other"', f"{FREEZING}test_a_frozen_head_takes_no_gradient_and_no_states"),
 ]  # fmt: skip
 
 

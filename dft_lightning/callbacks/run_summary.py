@@ -8,10 +8,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning import schedules
 from dft_lightning.adapters import described
 from dft_lightning.attention import implementation_of
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
+from dft_lightning.optimizers import described as groups_of
 from dft_lightning.precision import precision_of
 from dft_lightning.quantization import numbers
 
@@ -62,6 +64,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     }
     if module.lora is not None:
         facts["adapter"] = _adapter(module)
+    facts |= _optimizer_facts(trainer, module)
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
     facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
@@ -87,6 +90,28 @@ def _adapter(module: "FineTuner") -> str:
     assert module.lora is not None
     origin = {"continue": "; trained further", "merge": "; new, on the model that another was merged into"}
     return described(module.lora) + origin.get(module.adapter or "", "")
+
+
+def _optimizer_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
+    """The optimizer's groups as they are, the schedule, what is frozen by its name, and the seeds."""
+    assert module.network is not None
+    groups = groups_of(trainer.optimizers[0], module._settings)
+    total, options = module.total_steps, module.lr_schedule_kwargs
+    facts = {
+        "optimizer": "\n".join(groups),
+        "learning rate": schedules.described(module.lr_schedule, options, int(module.warmup_ratio * total), total),
+    }
+    if any(group.get("maximize") for group in module._settings):
+        facts["optimizer"] += "\nmaximize: gradient ascent, away from what the data say"
+    if module.freezing:
+        model = module.network.model
+        frozen = module.freezing.frozen(model)
+        also = module.freezing.also_frozen(model)
+        tied = f", tied: {', '.join(also)}" if also else ""
+        facts["frozen"] = f"{sum(each.numel() for each in frozen):,} parameters in {len(frozen):,} tensors{tied}"
+    own = getattr(getattr(trainer, "datamodule", None), "seed", module.seed)
+    facts["seeds"] = f"{module.seed} (initialisation, dropout); {own} (subset, validation split, shuffle)"
+    return facts
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

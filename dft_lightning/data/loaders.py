@@ -18,6 +18,7 @@ from dft_lightning.data.rows import StageRows
 from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.errors import UserError
+from dft_lightning.seeds import run_seed
 from dft_lightning.signals import only_from_the_parent
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class StepLoaders(pl.LightningDataModule, ABC):
     def _stage_rows(self) -> StageRows:
         """What reads them."""
 
+    @property
+    def seed(self) -> int:
+        """Of the shuffle, the subset and the validation split: `data.seed`, by default the run's."""
+        own: int | None = self.options.seed
+        return run_seed() if own is None else own
+
     def geometry(self) -> Geometry:
         """How an optimizer step is cut up on this trainer's ranks."""
         options, trainer = self.options, self.trainer
@@ -80,7 +87,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
             self._sampler = StepSampler(
                 self._rows("train").lengths,
                 shape,
-                seed=options.seed if options.shuffle else None,
+                seed=self.seed if options.shuffle else None,
                 layout=layout,
                 drop_last=options.drop_last,
                 epochs=epochs_of(self.trainer, len(self._rows("train")), options),
@@ -161,7 +168,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
             collate_fn=DeferredCollate(partial(self._collator, sampler, stage)),
             num_workers=workers,
             worker_init_fn=only_from_the_parent if workers else None,
-            generator=torch.Generator(),  # it draws from the global one otherwise
+            generator=torch.Generator().manual_seed(self.seed),  # it draws from the global one otherwise
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -193,7 +200,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
         return {
             "rows": self._rows("train").fingerprint,
             "global_batch_size": options.global_batch_size,
-            "seed": options.seed,
+            "seed": self.seed,
             "shuffle": options.shuffle,
             "drop_last": options.drop_last,
         }

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.errors import UserError
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB, KINDS, Load, lightest, targets_of
 from dft_lightning.planning.work import largest_micro_batch
@@ -30,6 +31,15 @@ def choose(module: "FineTuner", data: "ChatDataModule") -> Recomputation:
     return chosen
 
 
+def recomputation_of(module: "FineTuner", data: "ChatDataModule | None") -> Recomputation:
+    """What is in force, where it is to be found out too."""
+    if module.activation_checkpointing != "auto":
+        return module.activation_checkpointing
+    if data is None:
+        raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
+    return choose(module, data)
+
+
 def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
     """What each device of a fit that is about to begin has to do."""
     assert module.network is not None
@@ -41,7 +51,9 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         dtype=module.source.dtype,
         precision=str(trainer.precision),
         attention=implementation_of(base.get_decoder()),
-        optimizer=module.optimizer,
+        optimizer=module.optimization.make,
+        muon_adamw=module.optimization.muon_adamw,
+        freezing=module.freezing,
         shape=largest_micro_batch(data.train_rows, data.sampler(), fixed=data.fixed_shape),
         accumulates=trainer.accumulate_grad_batches > 1,
         ranks=trainer.world_size,

@@ -10,8 +10,11 @@ from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
 from dft_lightning.embedding_rows import train_embeddings
+from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.optimizers import MuonAdamW, Optimization
+from dft_lightning.parameter_groups import kinds_of
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
@@ -54,6 +57,8 @@ class Load:
         four_bits: whether weights beside adapters are held in 4 bits.
         embeddings_trained: whether embedding and head are trained next to adapters.
         router: whether there is a router loss.
+        muon_adamw: as `model.muon_adamw`.
+        freezing: what of the model is not trained.
     """
 
     config: Any
@@ -77,6 +82,8 @@ class Load:
     four_bits: bool = False
     embeddings_trained: bool = False
     router: bool = False
+    muon_adamw: MuonAdamW | None = None
+    freezing: Freezing = NOTHING
 
     @property
     def products(self) -> torch.dtype:
@@ -90,7 +97,7 @@ class Load:
     def network(self) -> WeightedLM:
         """The model without its weights."""
         model = skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits)
-        return WeightedLM(train_embeddings(model) if self.embeddings_trained else model)
+        return WeightedLM(self.freezing.apply(train_embeddings(model) if self.embeddings_trained else model))
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     network = load.network()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     gradients = load.part(trained)
-    states, update = _optimizer(load, trained)
+    states, update = _optimizer(load, network)
     held = {"weights": load.part(network.parameters()), "buffers": nbytes(network.buffers())}
     held |= {"optimizer states": states}
     held |= _because_of_ranks(load, network, gradients)
@@ -173,6 +180,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         four_bits=load.four_bits,
         embeddings_trained=load.embeddings_trained,
         router=load.router,
+        freezing=load.freezing,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
@@ -210,17 +218,23 @@ def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
     return max(128, rows)
 
 
-def _optimizer(load: Load, trained: list[nn.Parameter]) -> tuple[int, int]:
-    """Bytes of the optimizer's states, and those that its step takes for a moment, learnt from a small weight."""
-    states, foreach = 0.0, False
-    for dtype in {parameter.dtype for parameter in trained}:
-        small = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+def _optimizer(load: Load, network: WeightedLM) -> tuple[int, int]:
+    """Bytes of the optimizer's states, and those that its step takes for a moment, measured on small parameters."""
+    optimization, kinds = Optimization(load.optimizer, load.muon_adamw), kinds_of(network.model)
+    alike: dict[tuple[torch.dtype, bool, bool], list[nn.Parameter]] = {}
+    for parameter in filter(lambda each: each.requires_grad, network.parameters()):
+        key = parameter.dtype, kinds[parameter] == "matrix", parameter.dim() == 1
+        alike.setdefault(key, []).append(parameter)
+    states, update = 0.0, 0
+    for (dtype, is_matrix, is_flat), parameters in alike.items():
+        small = nn.Parameter(torch.zeros(256 * 256 if is_flat else (256, 256), dtype=dtype))
         small.grad = torch.zeros_like(small)
-        optimizer = load.optimizer([small])
+        optimizer = optimization.over(small, "matrix" if is_matrix else "other")
         optimizer.step()
         made = nbytes(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-        states += made / nbytes([small]) * load.part(p for p in trained if p.dtype == dtype)
+        states += made / nbytes([small]) * load.part(parameters)
         defaults = optimizer.defaults
         plain = load.cuda and not load.fused and not defaults.get("fused")
-        foreach = plain and "foreach" in defaults and defaults["foreach"] is not False
-    return int(states), load.part(trained) if foreach else 0
+        if plain and "foreach" in defaults and defaults["foreach"] is not False:
+            update += load.part(parameters)
+    return int(states), update

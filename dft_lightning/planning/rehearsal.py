@@ -22,6 +22,7 @@ from dft_lightning.adapter_names import of_adapter
 from dft_lightning.attention import inputs
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.embedding_rows import train_embeddings
+from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
@@ -88,6 +89,7 @@ class Setting:
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
         four_bits: whether the weights beside adapters are held in 4 bits.
         embeddings_trained: whether embedding and head are trained next to adapters.
+        freezing: what of the model is not trained.
     """
 
     dtype: torch.dtype
@@ -103,6 +105,7 @@ class Setting:
     four_bits: bool = False
     embeddings_trained: bool = False
     router: bool = False
+    freezing: Freezing = NOTHING
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -179,6 +182,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
             model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.four_bits)
             if setting.embeddings_trained:
                 train_embeddings(model)
+            setting.freezing.apply(model)
         _faked(model)
         base = model if lora is None else model.get_base_model()
         recompute(base.get_decoder(), setting.recomputation)
