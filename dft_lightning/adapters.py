@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import UserError
+from dft_lightning.lora_targets import choose, report
 from dft_lightning.quantization import weight_of
 
 
@@ -20,7 +21,8 @@ class LoRA:
         rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
         dropout: dropout on the adapters' input.
-        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head.
+        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head and
+            those that cannot be adapted. What has an adapter, and what has none and why, is reported at the start.
         rslora: scale by alpha / √rank, so that an update does not shrink as its rank grows (arXiv 2312.03732).
         dora: learn each row's length beside its direction (arXiv 2402.09353); slower, as it needs the length of all
             rows of weight and update in every pass.
@@ -40,19 +42,25 @@ def add_lora(model: Any, lora: LoRA) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("LoRA needs peft: install it with pip install 'dft-lightning[peft]'") from error
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        task_type="CAUSAL_LM",
-    )
+
+    def adapt(model: Any, target_modules: str | list[str]) -> Any:
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=target_modules,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, config)
+
+    choice = choose(model, lora.target_modules, adapt, repr(lora))
     try:
-        adapted = get_peft_model(model, config)
+        adapted = adapt(model, choice.modules)
     except ValueError as error:
         raise UserError(f"LoRA cannot be added: {error} — see --model.lora.target_modules") from error
+    adapted.lora_targets = report(adapted, choice)
     begin_at_the_model(adapted)
     return adapted
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dft_lightning.decoder import layers_of
 from dft_lightning.errors import UserError
-from dft_lightning.recomputation import layers_of
 from dft_lightning.weighting import Uniform
 
 if TYPE_CHECKING:

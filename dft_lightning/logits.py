@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 def splits(network: "WeightedLM", head: nn.Linear) -> bool:
     """Whether backbone, head and transform give the model's own logits on eight tokens.
 
-    Both sides round alike but for the order of sums, so 32 units of rounding of the largest logit are generous.
+    Both sides round alike but for the order of sums, so 32 units of rounding of the largest logit are generous; some
+    models round their logits to float32 whatever the weights are in.
     """
     training = network.training
     network.eval()
     ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     wide = torch.promote_types(head.weight.dtype, torch.float32)
-    own = network.model(input_ids=ids, use_cache=False).logits[0].to(wide)
-    states = network.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    own = network.model(input_ids=ids, use_cache=False).logits[0]
+    eps = max(torch.finfo(dtype).eps for dtype in (own.dtype, head.weight.dtype))
+    own = own.to(wide)
+    states = network.decoder(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
     ours = network._transform_of(head).forward_((states @ head.weight.T).to(wide))
     network.train(training)
-    return bool((own - ours).abs().max() <= 32 * torch.finfo(states.dtype).eps * own.abs().max().clamp(min=1e-3))
+    return bool((own - ours).abs().max() <= 32 * eps * own.abs().max().clamp(min=1e-3))

@@ -224,16 +224,17 @@ class FineTuner(WeightedModule):
             raise UserError(
                 f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
             )
-        if data is not None and getattr(data, "is_packed", False):
-            with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context():
+            if data is not None and getattr(data, "is_packed", False):
                 self._network.check_borders()
+            self._network.check_adapters()
         prepare_adapters(self._network, initial=self.is_initial)
         self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
 
     def _prepare_layers(self, data: "ChatDataModule | None") -> None:
         """Recomputation and compilation, once; what is compiled is for the shape of this fit's batches."""
-        decoder = self._network.base.get_decoder()
+        decoder = self._network.decoder
         if not self._layers_ready:
             self._layers_ready = True
             self.recomputation = self._recomputation(data)

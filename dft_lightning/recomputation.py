@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dft_lightning.errors import UserError
+from dft_lightning.decoder import layers_of
 
 Recomputation = Literal["none", "selective", "full"]
 """What is computed a second time, in the backward pass.
@@ -37,21 +37,6 @@ def recompute(decoder: nn.Module, kind: Recomputation) -> None:
     options: dict[str, Any] = {} if kind == "full" else {"context_fn": _selective}
     for layer in layers_of(decoder):
         layer.forward = _checkpointed(layer, layer.forward, options)
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, which all transformers decoders of Llama's kind have under one name.
-
-    Raises:
-        UserError: there are none.
-    """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(
-            f"{type(decoder).__name__} has no list of layers: set model.activation_checkpointing to none, "
-            "model.compile to false, and trainer.strategy to another than fsdp2"
-        )
-    return list(layers)
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

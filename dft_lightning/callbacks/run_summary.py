@@ -40,6 +40,7 @@ class RunSummary(Callback):
 
 def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     """What this run optimises, on what, and where."""
+    assert module.network is not None
     parameters = list(module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = numbers(module)
@@ -50,6 +51,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
         "precision": f"{precision_of(trainer)}, weights in {str(parameters[0].dtype).removeprefix('torch.')}{beside}",
+        **({} if module.lora is None else {"adapters": f"LoRA of rank {module.lora.rank} {module.network.adapted}"}),
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
         + _RECOMPUTED[module.recomputation],
@@ -72,10 +74,14 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 def _attention(module: "FineTuner", data: "ChatDataModule | None") -> str:
     assert module.network is not None
-    name = implementation_of(module.network.base.get_decoder())
+    name = implementation_of(module.network.decoder)
     if data is None or not data.is_packed:
         return name
-    slow = "; varlen would not multiply a document with the others of its row" if name in ("sdpa", "eager") else ""
+    slow = ""
+    if name in ("sdpa", "eager"):
+        with module.trainer.precision_plugin.forward_context():
+            better = "varlen" in module.network.packs_with()
+        slow = "; varlen would not multiply a document with the others of its row" if better else ""
     return f"{name}, proved to keep packed sequences apart{slow}"
 
 

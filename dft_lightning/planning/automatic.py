@@ -40,7 +40,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         lora=module.lora,
         dtype=module.source.dtype,
         precision=str(trainer.precision),
-        attention=implementation_of(base.get_decoder()),
+        attention=implementation_of(module.network.decoder),
         optimizer=module.optimizer,
         shape=largest_micro_batch(data.train_rows, data.sampler(), fixed=data.fixed_shape),
         accumulates=trainer.accumulate_grad_batches > 1,

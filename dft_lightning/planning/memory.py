@@ -156,7 +156,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     setting = Setting(
         dtype=load.products,
         precision=load.precision if load.products == load.dtype else _TRUE[load.products],
-        attention=implementation_of(network.base.get_decoder()) if load.attention is None else load.attention,
+        attention=implementation_of(network.decoder) if load.attention is None else load.attention,
         recomputation=kind,
         cuda=load.cuda,
         chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),

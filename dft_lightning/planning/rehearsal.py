@@ -8,7 +8,8 @@ Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary,
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dft_lightning.attention import inputs
+from dft_lightning.attention_choice import unsupported
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.decoder import decoder_of
+from dft_lightning.errors import UserError
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
@@ -27,12 +31,14 @@ from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.four_bits import pack, refuse_dora
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
+from dft_lightning.shapes import shapes_only
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 _ITSELF = (None, "eager", "sdpa")  # runs as it is
+_OURS = ("eager", "sdpa", "varlen")  # needs nothing that may be on another machine only
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,12 @@ def skeleton(
     made: Any = AutoModelForCausalLM
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # of a model that is there already
+
+    def build(attention: str | None) -> Any:
+        return made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
     with torch.device("meta"):
-        model = made.from_config(config, dtype=dtype, attn_implementation=named)
+        model = _built(build, named, attention)
         if four_bits:
             refuse_dora(lora)
             pack(model, _MIXED.get(precision, dtype))
@@ -142,6 +152,21 @@ def skeleton(
     if precision in _CASTS:
         for parameter in filter(Tensor.is_floating_point, model.parameters()):
             parameter.data = parameter.data.to(_CASTS[precision])
+    return model
+
+
+def _built(build: Callable[[str | None], Any], named: str | None, attention: str | None) -> Any:
+    """The model with an implementation, or its own where it does not call attention through transformers' interface.
+
+    Raises:
+        UserError: it does not support the one that is asked for.
+    """
+    if attention in _OURS and (reason := unsupported(str(attention), build)) is not None:
+        raise UserError(reason)
+    model = build(None if named == _TOLD else named)
+    if named == _TOLD:
+        with suppress(Exception):  # each family says in another way that it takes none
+            model = build(named)
     return model
 
 
@@ -162,7 +187,7 @@ def _faked(model: nn.Module) -> None:
 def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting) -> Footprint:
     """Forward and backward pass of a micro-batch, in shapes."""
     batch = shape.batch()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with shapes_only() as fake:
         # transformers leaves the mask out of sdpa where it can, but not while it is traced
         plain = setting.attention == "sdpa" and not shape.packed
         attention = _TOLD if plain else setting.attention
@@ -170,7 +195,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
             model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.four_bits)
         _faked(model)
         base = model if lora is None else model.get_base_model()
-        recompute(base.get_decoder(), setting.recomputation)
+        recompute(decoder_of(base), setting.recomputation)
         given = _to(fake, batch)
         trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
         if setting.accumulates:
@@ -183,7 +208,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
 
 
 def _run(base: Any, batch: Batch, supervised: int, setting: Setting, live: LiveBytes) -> Footprint:
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
     told = batch.position_ids is not None and decoder.config._attn_implementation == _TOLD
     capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
     casting = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
