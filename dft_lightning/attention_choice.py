@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +11,13 @@ from dft_lightning.attention import apart, bound, distance, foresight, implement
 from dft_lightning.decoder import decoder_of
 from dft_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from dft_lightning.models import ModelSource
+
 #: What is tried, in the order in which it is advised.
 _CANDIDATES = ("varlen", "flash_attention_2", "sdpa", "eager")
+#: What needs no package or device that may be on another machine only.
+_EVERYWHERE = ("eager", "sdpa", "varlen")
 
 
 def check_causal(model: Any, vocabulary: int) -> None:
@@ -68,6 +73,47 @@ def unsupported(name: str, build: Callable[[str | None], Any]) -> str | None:
             f"({_short(error)}): leave it out, which means {implementation_of(default)} here"
         )
     return None
+
+
+def refuse_unsupported(source: "ModelSource") -> None:
+    """Refuse an attention implementation with which this model cannot be loaded, where that is what is wrong.
+
+    Raises:
+        UserError: it names the implementation that this model has by default.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+
+    def build(attention: str | None) -> Any:
+        trusted = {"trust_remote_code": source.trust_remote_code}
+        config = AutoConfig.from_pretrained(source.path(), revision=source.revision, **trusted)
+        with torch.device("meta"):
+            return auto.from_config(config, attn_implementation=attention, **trusted)
+
+    name = source.attn_implementation
+    if name is not None and (reason := unsupported(name, build)) is not None:
+        raise UserError(reason)
+
+
+def built(build: Callable[[str | None], Any], asked: str | None, instead: str | None) -> Any:
+    """A model without weights, with what stands for the implementation asked for, or its own where it takes none.
+
+    Args:
+        build: makes the model, with a given implementation.
+        instead: what stands for `asked`.
+
+    Raises:
+        UserError: the model does not support the one that is asked for.
+    """
+    if asked in _EVERYWHERE and (reason := unsupported(str(asked), build)) is not None:
+        raise UserError(reason)
+    if instead is None or instead in _EVERYWHERE:
+        return build(instead)
+    try:
+        return build(instead)
+    except Exception:  # each family says in another way that it takes none
+        return build(None)
 
 
 def _named(model: Any) -> str:

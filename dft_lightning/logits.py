@@ -3,10 +3,12 @@
 Shapes: T positions, H hidden size, V vocabulary.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from dft_lightning.logprob import LogitTransform
 
 if TYPE_CHECKING:
     from dft_lightning.models import WeightedLM
@@ -30,3 +32,17 @@ def splits(network: "WeightedLM", head: nn.Linear) -> bool:
     ours = network._transform_of(head).forward_((states @ head.weight.T).to(wide))
     network.train(training)
     return bool((own - ours).abs().max() <= 32 * eps * own.abs().max().clamp(min=1e-3))
+
+
+#: How RecurrentGemma and xLSTM name their soft-cap. What a name is overlooked for is refused by `splits`.
+_OTHER_SOFTCAPS = ("logits_soft_cap", "output_logit_soft_cap")
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the model's family does to its logits, by its configuration (the bias is read from the head itself)."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale *= getattr(text, "lm_head_multiplier", None) or 1.0  # Falcon-H1 multiplies
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
+    caps = [getattr(text, name, None) for name in ("final_logit_softcapping", *_OTHER_SOFTCAPS)]
+    return LogitTransform(None, float(scale), next((cap for cap in caps if cap), None))

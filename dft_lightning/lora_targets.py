@@ -5,7 +5,6 @@ router that returns a tuple), and where the model reads its weight without calli
 effect on what is trained.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from dft_lightning.errors import UserError
 from dft_lightning.lora_report import Targets, pattern, patterns
-from dft_lightning.shapes import run_in_shapes
+from dft_lightning.shapes import run_in_shapes, without_weights
 
 ALL_LINEAR = "all-linear"
-_NO_PRODUCT, _READ = "no plain linear layer", "its weight is read without calling the layer"
+_NO_PRODUCT, _READ = "no plain linear layer", "the model reads its weight without calling the layer, or not at all"
+_SHARED = "several layers share its weight, into which their adapters cannot be merged"
 _NOT_LINEAR, _NOT_BY_PEFT = "not the weight of a linear layer", "not adapted by peft in this family"
 #: Where the forward of a linear layer may be from: bitsandbytes', or ours that stands for it in a plan.
 _KNOWN_PLACES = ("bitsandbytes", "dft_lightning")
@@ -170,8 +170,18 @@ def _unfit(model: Any, layers: dict[str, Any]) -> dict[str, str]:
         base = getattr(layer, "base_layer", layer)
         kinds.setdefault(type(base), _is_product(base))
     bad = {name for name, layer in products.items() if not kinds[type(getattr(layer, "base_layer", layer))]}
-    read = _read_directly(model, {name: layer for name, layer in layers.items() if name not in bad})
-    return dict.fromkeys(bad, _NO_PRODUCT) | dict.fromkeys(read, _READ)
+    shared = set(_sharing(products))
+    left = {name: layer for name, layer in layers.items() if name not in bad | shared}
+    read = _read_directly(model, left)
+    return dict.fromkeys(bad, _NO_PRODUCT) | dict.fromkeys(shared, _SHARED) | dict.fromkeys(read, _READ)
+
+
+def _sharing(layers: dict[str, Any]) -> Iterator[str]:
+    """The layers whose weight is another's, too."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        owners.setdefault(id(getattr(layer, "base_layer", layer).weight), []).append(name)
+    return (name for names in owners.values() if len(names) > 1 for name in names)
 
 
 @torch.no_grad()
@@ -181,21 +191,22 @@ def _is_product(layer: Any) -> bool:
     known = owner.__module__.partition(".")[0] in _KNOWN_PLACES or owner.__module__ == "transformers.pytorch_utils"
     if owner is nn.Linear or known:
         return True
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((1, 2, 5), (3, 5), (3,)))
-    state = {"weight": weight} if layer.bias is None else {"weight": weight, "bias": bias}
-    try:
-        found = torch.func.functional_call(layer, state, (x,))
-    except Exception:  # it does more with its input
-        return False
-    truth = F.linear(x, weight, state.get("bias"))
-    return isinstance(found, Tensor) and found.shape == truth.shape and torch.allclose(found, truth)
+    with torch.device("cpu"):  # wherever others are made
+        generator = torch.Generator().manual_seed(0)
+        x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((1, 2, 5), (3, 5), (3,)))
+        state = {"weight": weight} if layer.bias is None else {"weight": weight, "bias": bias}
+        try:
+            found = torch.func.functional_call(layer, state, (x,))
+        except Exception:  # it does more with its input
+            return False
+        truth = F.linear(x, weight, state.get("bias"))
+        return isinstance(found, Tensor) and found.shape == truth.shape and torch.allclose(found, truth)
 
 
 def _rejection(model: Any, targets: str | list[str], attempt: Callable[[Any, str | list[str]], Any]) -> str | None:
     """Why peft does not adapt these layers, tried on a copy without weights; None where it does."""
     try:
-        attempt(_without_weights(model), targets)
+        attempt(without_weights(model), targets)
     except ValueError as error:
         return " ".join(str(error).split()).partition(". ")[0][:200]
     except Exception:  # weights in 4 bits have no such copy
@@ -219,24 +230,15 @@ def _one_by_one(
     return taken, rejected
 
 
-def _without_weights(model: Any) -> Any:
-    """A copy on the meta device."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and id(tensor) not in memo:
-                empty = torch.empty_like(tensor, device="meta")
-                wanted = tensor.requires_grad
-                memo[id(tensor)] = nn.Parameter(empty, wanted) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
-
-
 def _read_directly(model: Any, layers: dict[str, Any]) -> set[str]:
     """Layers that a training pass does not call, where that can be found out by shapes."""
     training = model.training
     model.train()
     try:
-        return _not_called(layers, lambda: run_in_shapes(model))
+        called: set[str] = set()
+        with _watched(layers, called.add):
+            run_in_shapes(model)
+        return set(layers) - called
     except Exception:  # the family's code looks at values: `check_used` tells on the device
         return set()
     finally:
@@ -246,15 +248,17 @@ def _read_directly(model: Any, layers: dict[str, Any]) -> set[str]:
 def _not_called(layers: dict[str, Any], run: Callable[[], Any]) -> set[str]:
     """The layers of which none with the same pattern is called; of experts some are not, by chance."""
     called: set[str] = set()
-    with _watched(layers, called):
+    with _watched(layers, lambda name: called.add(pattern(name))):
         run()
     return {name for name in layers if pattern(name) not in called}
 
 
 @contextmanager
-def _watched(layers: dict[str, Any], called: set[str]) -> Iterator[None]:
+def _watched(layers: dict[str, Any], tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell of each layer that is called."""
+
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: called.add(pattern(name))
+        return lambda *_: tell(name)
 
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:

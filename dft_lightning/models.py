@@ -16,13 +16,12 @@ from dft_lightning import embedded, varlen
 from dft_lightning.adapters import LoRA as LoRA
 from dft_lightning.adapters import add_lora as add_lora
 from dft_lightning.attention import implementation_of, inputs
-from dft_lightning.attention_choice import check_boundaries, check_causal, passing, unsupported
+from dft_lightning.attention_choice import check_causal, refuse_unsupported
 from dft_lightning.data.batch import Batch
-from dft_lightning.decoder import decoder_of
 from dft_lightning.errors import UserError
-from dft_lightning.logits import splits
+from dft_lightning.logits import logit_transform, splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
-from dft_lightning.lora_targets import check_used
+from dft_lightning.model_checks import ModelChecks
 from dft_lightning.quantization import Quantization, leave_out_of_states, loading_options, make_exact
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
@@ -84,7 +83,7 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
     if source.dtype == torch.float64:  # grouped products have no kernel in it
         kind["experts_implementation"] = "eager"
     if source.attn_implementation == varlen.NAME:
-        _refuse_attention(source)
+        refuse_unsupported(source)
     packed = {} if source.quantization is None else loading_options(source.quantization, source.compute)
     with loading("weights", source):
         model: Any
@@ -95,27 +94,10 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
             try:
                 model = auto.from_pretrained(source.path(), **kind, **place, **packed)
             except Exception:
-                _refuse_attention(source)
+                refuse_unsupported(source)
                 raise
             make_exact(model)
     return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
-
-
-def _refuse_attention(source: ModelSource) -> None:
-    """Say so where it is the attention implementation that a model cannot be loaded with."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-
-    def build(attention: str | None) -> Any:
-        trusted = {"trust_remote_code": source.trust_remote_code}
-        config = AutoConfig.from_pretrained(source.path(), revision=source.revision, **trusted)
-        with torch.device("meta"):
-            return auto.from_config(config, attn_implementation=attention, **trusted)
-
-    name = source.attn_implementation
-    if name is not None and (reason := unsupported(name, build)) is not None:
-        raise UserError(reason)
 
 
 def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
@@ -137,7 +119,7 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     return tokenizer
 
 
-class WeightedLM(nn.Module):
+class WeightedLM(ModelChecks):
     """A causal language model whose forward is the weighted loss: the one module that may be a sharded model's root.
 
     Args:
@@ -152,7 +134,7 @@ class WeightedLM(nn.Module):
         self.model = model
         self.observer: Callable[[Batch, Tensor, Tensor, LogitTransform], None] | None = None
         """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
-        self._transform = _logit_transform(self.base.config)
+        self._transform = logit_transform(self.base.config)
         self._check_head()
         if self._is_packed:
             leave_out_of_states(self)
@@ -178,23 +160,9 @@ class WeightedLM(nn.Module):
         return self.model.get_base_model() if self.has_adapter else self.model
 
     @property
-    def decoder(self) -> Any:
-        """What turns token ids into last hidden states."""
-        return decoder_of(self.base)
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self.base.get_output_embeddings().weight.shape[0])
-
-    @property
     def has_adapter(self) -> bool:
         """Whether LoRA is in place, and with it a reference that costs no memory: the model with the adapter off."""
         return hasattr(self.model, "disable_adapter")
-
-    @property
-    def adapted(self) -> str:
-        """What has an adapter, and what has none, in words."""
-        return str(getattr(self.model, "lora_targets", ""))
 
     @property
     def _is_packed(self) -> bool:
@@ -289,19 +257,6 @@ class WeightedLM(nn.Module):
         finally:
             self.train(training)
 
-    def check_borders(self) -> None:
-        """Prove that packed sequences do not see each other; a `UserError` where they do."""
-        check_boundaries(self.base, self._vocabulary)
-
-    def check_adapters(self) -> None:
-        """Check that each adapter takes part in a training pass on this device; a `UserError` where one does not."""
-        if self.has_adapter:
-            check_used(self, self.base.device, self._vocabulary)
-
-    def packs_with(self) -> list[str]:
-        """The attention implementations other than the present one that keep packed sequences of this model apart."""
-        return passing(self.base, self._vocabulary, packed=True)
-
     def _check_head(self) -> None:
         head = self.base.get_output_embeddings()
         kind = type(self.base).__name__
@@ -312,23 +267,9 @@ class WeightedLM(nn.Module):
             )
         if self.base.device.type == "meta":
             return
-        check_causal(self.base, self._vocabulary)
+        check_causal(self.base, self.vocabulary)
         if not splits(self, head):
             raise UserError(
                 f"{kind} does something to its logits beyond head bias, logit scale and soft-cap, so its "
                 "log-probabilities would be wrong here: this model is not supported"
             )
-
-
-#: How RecurrentGemma and xLSTM name their soft-cap. What a name is overlooked for is refused by `splits`.
-_OTHER_SOFTCAPS = ("logits_soft_cap", "output_logit_soft_cap")
-
-
-def _logit_transform(config: Any) -> LogitTransform:
-    """What the model's family does to its logits, by its configuration (the bias is read from the head itself)."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale *= getattr(text, "lm_head_multiplier", None) or 1.0  # Falcon-H1 multiplies
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    caps = [getattr(text, name, None) for name in ("final_logit_softcapping", *_OTHER_SOFTCAPS)]
-    return LogitTransform(None, float(scale), next((cap for cap in caps if cap), None))

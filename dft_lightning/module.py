@@ -238,6 +238,8 @@ class FineTuner(WeightedModule):
         if not self._layers_ready:
             self._layers_ready = True
             self.recomputation = self._recomputation(data)
+            with self.trainer.precision_plugin.forward_context():
+                self._network.check_recomputation(self.recomputation)
             recompute(decoder, self.recomputation)
             if self.compile_layers:
                 compile_layers(decoder)

@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dft_lightning.decoder import layers_of
+from dft_lightning.errors import UserError
 
 Recomputation = Literal["none", "selective", "full"]
 """What is computed a second time, in the backward pass.
@@ -37,6 +39,44 @@ def recompute(decoder: nn.Module, kind: Recomputation) -> None:
     options: dict[str, Any] = {} if kind == "full" else {"context_fn": _selective}
     for layer in layers_of(decoder):
         layer.forward = _checkpointed(layer, layer.forward, options)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an operator changes in place what "selective" keeps: the backward pass would change it again."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: dict[int, Any] = {}  # storages stay alive, so that no other gets their address
+        self.changed = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given, declared in zip(args, func._schema.arguments, strict=False):
+            written = declared.alias_info is not None and declared.alias_info.is_write
+            if written and isinstance(given, Tensor) and given.untyped_storage()._cdata in self.kept:
+                self.changed = str(func)
+        made = func(*args, **(kwargs or {}))
+        if keeps(func):
+            for tensor in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(tensor, Tensor):
+                    self.kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return made
+
+
+@torch.no_grad()
+def changes_products(run: Callable[[], Any]) -> str:
+    """The operator by which a forward pass changes in place a product that "selective" keeps; "" if there is none."""
+    with _Watch() as watch:
+        run()
+    return str(watch.changed)
+
+
+def refuse_selective(decoder: nn.Module, operator: str) -> None:
+    """Refuse "selective" on a decoder of which `changes_products` names an operator."""
+    if operator:
+        raise UserError(
+            f"model.activation_checkpointing is selective, but {type(decoder).__name__} changes products in place "
+            f"({operator}), which the backward pass would use changed twice: set it to full or none"
+        )
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

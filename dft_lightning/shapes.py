@@ -3,6 +3,7 @@
 Shapes: S rows of all experts' inputs, E experts, I and O their inputs and outputs.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,9 +57,27 @@ class _GroupedProduct(torch.autograd.Function):
 @torch.no_grad()
 def run_in_shapes(model: nn.Module, tokens: int = 4) -> None:
     """The model's forward on so many tokens; its parameters and buffers are not touched."""
-    with shapes_only():
+    with torch.device("cpu"), shapes_only():  # wherever others are made
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         made: dict[int, Tensor] = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for _, tensor in named}
         state = {name: made[id(tensor)] for name, tensor in named}
         ids = torch.zeros(1, tokens, dtype=torch.long)
         torch.func.functional_call(model, state, (), {"input_ids": ids, "use_cache": False})
+
+
+def without_weights(model: Any) -> Any:
+    """A copy on the meta device."""
+    memo = fleeting(model)
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and id(tensor) not in memo:
+                empty = torch.empty_like(tensor, device="meta")
+                wanted = tensor.requires_grad
+                memo[id(tensor)] = nn.Parameter(empty, wanted) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def fleeting(model: nn.Module) -> dict[int, Any]:
+    """For `deepcopy`: what layers keep of their last pass, as RecurrentGemma's its state, without its graph."""
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return {id(value): value.detach() for value in kept if value.grad_fn is not None}

@@ -168,7 +168,7 @@ def config_of(family: str, **changes: Any) -> Any:
             raise UnknownFamilyError(f"the installed transformers has no {family}") from error
         raise
     for name, value in vars(config).items():
-        if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "noise")):
             setattr(config, name, 0.0)
     return config
 

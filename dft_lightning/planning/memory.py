@@ -14,7 +14,8 @@ from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
-from dft_lightning.recomputation import Recomputation
+from dft_lightning.recomputation import Recomputation, changes_products
+from dft_lightning.shapes import run_in_shapes
 from dft_lightning.weighting import TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
@@ -128,13 +129,28 @@ def targets_of(weighting: TokenWeighting) -> int:
     return weighting.vocabulary * (1 + (REF_DISTRIBUTION in weighting.needs))
 
 
-def lightest(load: Load, kinds: Iterable[Recomputation] = KINDS) -> tuple[Recomputation | None, dict[str, Memory]]:
+def sound(load: Load) -> tuple[Recomputation, ...]:
+    """The kinds of recomputation with which the model's gradients are right, as far as its shapes tell."""
+    network = load.network()
+    try:
+        changed = changes_products(lambda: run_in_shapes(network.decoder))
+    except Exception:  # the family's code looks at values: the fit will tell
+        changed = ""
+    return tuple(kind for kind in KINDS if kind != "selective" or not changed)
+
+
+def lightest(
+    load: Load, kinds: Iterable[Recomputation] | None = None
+) -> tuple[Recomputation | None, dict[str, Memory]]:
     """The first kind of recomputation with which the load fits its device (None if none does), and what each needs.
 
     Kinds after the first that fits are not looked at.
+
+    Args:
+        kinds: all that are sound by default.
     """
     looked: dict[str, Memory] = {}
-    for kind in kinds:
+    for kind in sound(load) if kinds is None else kinds:
         looked[kind] = memory(load, kind)
         if looked[kind].peak <= load.capacity:
             return kind, looked

@@ -8,8 +8,7 @@ Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary,
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dft_lightning.attention import inputs
-from dft_lightning.attention_choice import unsupported
+from dft_lightning.attention_choice import built
 from dft_lightning.data.batch import Batch, Collator
 from dft_lightning.decoder import decoder_of
-from dft_lightning.errors import UserError
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
@@ -38,7 +36,6 @@ _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as i
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 _ITSELF = (None, "eager", "sdpa")  # runs as it is
-_OURS = ("eager", "sdpa", "varlen")  # needs nothing that may be on another machine only
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def skeleton(
         return made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
     with torch.device("meta"):
-        model = _built(build, named, attention)
+        model = built(build, attention, named)
         if four_bits:
             refuse_dora(lora)
             pack(model, _MIXED.get(precision, dtype))
@@ -152,21 +149,6 @@ def skeleton(
     if precision in _CASTS:
         for parameter in filter(Tensor.is_floating_point, model.parameters()):
             parameter.data = parameter.data.to(_CASTS[precision])
-    return model
-
-
-def _built(build: Callable[[str | None], Any], named: str | None, attention: str | None) -> Any:
-    """The model with an implementation, or its own where it does not call attention through transformers' interface.
-
-    Raises:
-        UserError: it does not support the one that is asked for.
-    """
-    if attention in _OURS and (reason := unsupported(str(attention), build)) is not None:
-        raise UserError(reason)
-    model = build(None if named == _TOLD else named)
-    if named == _TOLD:
-        with suppress(Exception):  # each family says in another way that it takes none
-            model = build(named)
     return model
 
 

@@ -12,7 +12,7 @@ from dft_lightning.decoder import layers_of
 from dft_lightning.models import WeightedLM
 
 #: What runs the model beside `forward`, and wants its weights gathered as well.
-_RUN_THE_MODEL = ("logp", "reference", "check_borders", "check_adapters", "packs_with")
+_RUN_THE_MODEL = ("logp", "reference", "check_borders", "check_adapters", "check_recomputation", "packs_with")
 
 
 def shard(network: WeightedLM, mesh: DeviceMesh, compute: torch.dtype | None, prefetch: int) -> None:
