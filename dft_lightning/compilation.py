@@ -65,5 +65,5 @@ def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextMa
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile: the layers of {type(network.base).__name__} cannot be compiled here: {reason} — set "
-            "--model.compile false, or another --model.attn_implementation or --trainer.precision"
+            "--model.compile false"
         ) from error

@@ -234,15 +234,13 @@ class FineTuner(WeightedModule):
 
     def _prepare_layers(self, data: "ChatDataModule | None") -> None:
         """Recomputation and compilation, once; what is compiled is for the shape of this fit's batches."""
-        decoder = self._network.decoder
         if not self._layers_ready:
             self._layers_ready = True
             self.recomputation = self._recomputation(data)
-            with self.trainer.precision_plugin.forward_context():
-                self._network.check_recomputation(self.recomputation)
-            recompute(decoder, self.recomputation)
+            self._network.check_recomputation(self.recomputation)
+            recompute(self._network.decoder, self.recomputation)
             if self.compile_layers:
-                compile_layers(decoder)
+                compile_layers(self._network.decoder)
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")
