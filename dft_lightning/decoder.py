@@ -49,6 +49,23 @@ def layers_of(decoder: nn.Module) -> list[nn.Module]:
     return list(lists[sizes.index(max(sizes))])
 
 
+def refuse_shared(decoder: nn.Module) -> None:
+    """Refuse to shard a decoder of which several layers have one parameter (Zamba 2).
+
+    Raises:
+        UserError: it names the parameter.
+    """
+    owners: set[int] = set()
+    for layer in layers_of(decoder):
+        own = {id(parameter): name for name, parameter in layer.named_parameters()}
+        if both := owners & own.keys():
+            raise UserError(
+                f"trainer.strategy fsdp2 shards layer by layer, but several layers of {type(decoder).__name__} share "
+                f"{own[both.pop()]}: set trainer.strategy to ddp or auto"
+            )
+        owners |= own.keys()
+
+
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
     """Lists that are not within another list."""
     for child in module.children():

@@ -5,7 +5,7 @@ import torch
 from tiny_families import model_of
 
 from dft_lightning import varlen
-from dft_lightning.decoder import decoder_of, layers_of
+from dft_lightning.decoder import decoder_of, layers_of, refuse_shared
 from dft_lightning.errors import UserError
 from dft_lightning.models import ModelSource, WeightedLM, load_model
 
@@ -34,6 +34,12 @@ def test_a_decoder_that_cannot_be_separated_is_refused():
     model.model.lm_head = model.lm_head
     with pytest.raises(UserError, match="Llama4ForCausalLM has no decoder that can be separated"):
         decoder_of(model)
+
+
+def test_layers_that_share_a_parameter_are_not_sharded():
+    with pytest.raises(UserError, match=r"several layers of Zamba2Model share shared_transformer.*ddp or auto"):
+        refuse_shared(decoder_of(model_of("zamba2")))
+    refuse_shared(decoder_of(model_of("gemma3n_text")))
 
 
 #: With which attention documents stay apart, and what a refusal advises; None where it is not refused.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from dft_lightning.decoder import layers_of
+from dft_lightning.decoder import layers_of, refuse_shared
 from dft_lightning.models import WeightedLM
 
 #: What runs the model beside `forward`, and wants its weights gathered as well.
@@ -29,6 +29,7 @@ def shard(network: WeightedLM, mesh: DeviceMesh, compute: torch.dtype | None, pr
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
     )
+    refuse_shared(network.decoder)
     layers = layers_of(network.decoder)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
