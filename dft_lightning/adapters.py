@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
+from dft_lightning.lora_targets import choose, report
 from dft_lightning.quantization import weight_of
 
 AdapterDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -25,7 +26,8 @@ class LoRA:
         rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
         dropout: dropout on the adapters' input.
-        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head.
+        target_modules: names of the layers to adapt; "all-linear" means every linear layer except the output head and
+            those that cannot be adapted. What has an adapter, and what has none and why, is reported at the start.
         rslora: scale by alpha / √rank, so that an update does not shrink as its rank grows (arXiv 2312.03732).
         dora: learn each row's length beside its direction (arXiv 2402.09353); slower, as it needs the length of all
             rows of weight and update in every pass.
@@ -77,29 +79,34 @@ def add_lora(model: Any, lora: LoRA, *, of: str | None = None) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("LoRA needs peft: install it with pip install 'dft-lightning[peft]'") from error
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        modules_to_save=lora.modules_to_save,
-        rank_pattern=lora.rank_pattern or {},
-        alpha_pattern=lora.alpha_pattern or {},
-        layers_to_transform=lora.layers_to_transform,
-        exclude_modules=lora.exclude_modules,
-        task_type="CAUSAL_LM",
-    )
-    tied = _is_tied(model)
-    try:
+
+    def adapt(model: Any, target_modules: str | list[str]) -> Any:
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=target_modules,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            modules_to_save=lora.modules_to_save,
+            rank_pattern=lora.rank_pattern or {},
+            alpha_pattern=lora.alpha_pattern or {},
+            layers_to_transform=lora.layers_to_transform,
+            exclude_modules=lora.exclude_modules,
+            task_type="CAUSAL_LM",
+        )
         with _float32_by_default():
-            adapted = get_peft_model(model, config)
+            return get_peft_model(model, config)
+
+    tied, choice = _is_tied(model), choose(model, lora.target_modules, adapt, repr(lora))
+    try:
+        adapted = adapt(model, choice.modules)
     except (ValueError, TypeError) as error:
         options = "--model.lora.target_modules and --model.lora.modules_to_save" if of is None else f"the adapter {of}"
         raise UserError(f"LoRA cannot be added: {error} — see {options}") from error
     _refuse_full_copies(adapted, lora)
     _refuse_tied(adapted, tied, of)
+    adapted.lora_targets = report(adapted, choice)
     _store_in(adapted, lora.dtype)
     begin_at_the_model(adapted)
     return adapted

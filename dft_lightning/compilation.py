@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dft_lightning.decoder import layers_of
 from dft_lightning.errors import UserError
-from dft_lightning.recomputation import layers_of
 from dft_lightning.weighting import Uniform
 
 if TYPE_CHECKING:
@@ -73,5 +73,5 @@ def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextMa
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile: the layers of {type(network.base).__name__} cannot be compiled here: {reason} — set "
-            "--model.compile false, or another --model.attn_implementation or --trainer.precision"
+            "--model.compile false"
         ) from error

@@ -18,13 +18,15 @@ from dft_lightning.adapter_names import of_adapter
 from dft_lightning.adapters import LoRA as LoRA
 from dft_lightning.adapters import add_lora as add_lora
 from dft_lightning.adapters import in_force
-from dft_lightning.attention import check_borders, implementation_of, inputs
+from dft_lightning.attention import implementation_of, inputs
+from dft_lightning.attention_choice import check_causal, refuse_unsupported
 from dft_lightning.checkpoint_keys import read_weights
 from dft_lightning.data.batch import Batch
 from dft_lightning.embedding_rows import config_with_rows, grow
 from dft_lightning.errors import UserError
-from dft_lightning.logits import splits
+from dft_lightning.logits import logit_transform, splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
+from dft_lightning.model_checks import ModelChecks
 from dft_lightning.own_loss import OwnLoss, own_loss
 from dft_lightning.quantization import Quantization, leave_out_of_states, loading_options, make_exact
 from dft_lightning.router_loss import RouterLoss, recording
@@ -111,6 +113,10 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
 
     place: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     kind: dict[str, Any] = {"dtype": source.dtype, "attn_implementation": source.attn_implementation}
+    if source.dtype == torch.float64:  # grouped products have no kernel in it
+        kind["experts_implementation"] = "eager"
+    if source.attn_implementation == varlen.NAME:
+        refuse_unsupported(source)
     packed = {} if source.quantization is None else loading_options(source.quantization, source.compute)
     with loading("weights", source):
         model: Any
@@ -118,7 +124,11 @@ def load_model(source: ModelSource, *, empty: bool = False) -> Any:
             config = config_with_rows(AutoConfig.from_pretrained(source.path(), **place), source.embedding_rows)
             model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **kind)
         else:
-            model = read_weights(auto.from_pretrained, source, kind | place | packed)
+            try:
+                model = read_weights(auto.from_pretrained, source, kind | place | packed)
+            except Exception:
+                refuse_unsupported(source)
+                raise
             make_exact(model)
             grow(model, source.embedding_rows, source.seed)
     return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
@@ -146,7 +156,7 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "Pr
     return tokenizer
 
 
-class WeightedLM(nn.Module):
+class WeightedLM(ModelChecks):
     """A causal language model whose forward is the weighted loss: the one module that may be a sharded model's root.
 
     Args:
@@ -161,7 +171,7 @@ class WeightedLM(nn.Module):
         self.model = model
         self.observer: Callable[[Batch, Tensor, Tensor, LogitTransform], None] | None = None
         """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
-        self._transform = _logit_transform(self.base.config)
+        self._transform = logit_transform(self.base.config)
         self._check_head()
         if self._is_packed:
             leave_out_of_states(self)
@@ -265,7 +275,7 @@ class WeightedLM(nn.Module):
 
     def hidden(self, batch: Batch, router: RouterLoss | None = None) -> Tensor:
         """Last hidden states (N, H) at the positions whose next token is supervised."""
-        decoder = self.base.get_decoder()
+        decoder = self.decoder
         given = inputs(batch, implementation_of(decoder)) | recording(decoder, router is not None)
         output = decoder(**given)
         if router is not None:
@@ -305,10 +315,6 @@ class WeightedLM(nn.Module):
         """What the model itself makes of some tokens as its loss; see `loss_terms`."""
         return own_loss(self.base, router_logits)
 
-    def check_borders(self) -> None:
-        """Prove that packed sequences do not see each other; a `UserError` where they do."""
-        check_borders(self.base.get_decoder(), self.base.get_output_embeddings().weight.shape[0])
-
     def _check_head(self) -> None:
         head = self.head
         kind = type(self.base).__name__
@@ -323,16 +329,11 @@ class WeightedLM(nn.Module):
                 f"the output head of {kind} is a {type(head).__name__}; a plain linear layer was expected. With LoRA, "
                 "leave the head (lm_head) out of --model.lora.target_modules"
             )
-        if self.base.device.type != "meta" and not splits(self, head):
+        if self.base.device.type == "meta":
+            return
+        check_causal(self.base, self.vocabulary)
+        if not splits(self, head):
             raise UserError(
                 f"{kind} does something to its logits beyond head bias, logit scale and soft-cap, so its "
                 "log-probabilities would be wrong here: this model is not supported"
             )
-
-
-def _logit_transform(config: Any) -> LogitTransform:
-    """What the model's family does to its logits, by its configuration (the bias is read from the head itself)."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    return LogitTransform(None, float(scale), getattr(text, "final_logit_softcapping", None))

@@ -246,10 +246,10 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
-        refuse_without_steps(self, data)
-        if data is not None and getattr(data, "is_packed", False):
-            with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context():
+            if data is not None and getattr(data, "is_packed", False):
                 self._network.check_borders()
+            self._network.check_adapters()
         prepare_adapters(self._network, initial=self.is_initial and self.adapter != "continue")
         prepare_loss_terms(self)
         refuse_without_steps(self, data)
@@ -258,15 +258,15 @@ class FineTuner(WeightedModule):
 
     def _prepare_layers(self, data: "ChatDataModule | None") -> None:
         """Recomputation and compilation, once; what is compiled is for the shape of this fit's batches."""
-        decoder = self._network.base.get_decoder()
         if not self._layers_ready:
             self._layers_ready = True
             from dft_lightning.planning.automatic import recomputation_of
 
             self.recomputation = recomputation_of(self, data)
-            recompute(decoder, self.recomputation)
+            self._network.check_recomputation(self.recomputation)
+            recompute(self._network.decoder, self.recomputation)
             if self.compile_layers:
-                compile_layers(decoder)
+                compile_layers(self._network.decoder)
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dft_lightning.decoder import decoder_of
 from dft_lightning.router_loss import Routing, recording, routing_of
 
 _TOKENS = 8
@@ -70,7 +71,7 @@ def own_loss(base: Any, router_logits: bool) -> OwnLoss:
     device = base.device
     vocabulary = base.get_output_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
-    given = {"input_ids": ids, "labels": ids, "use_cache": False} | recording(base.get_decoder(), router_logits)
+    given = {"input_ids": ids, "labels": ids, "use_cache": False} | recording(decoder_of(base), router_logits)
     if "labels" not in inspect.signature(base.forward).parameters:
         return OwnLoss(skipped="its forward takes no labels")
     modes = {module: module.training for module in base.modules()}

@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dft_lightning.decoder import layers_of
 from dft_lightning.errors import UserError
 
 Recomputation = Literal["none", "selective", "full"]
@@ -39,19 +41,42 @@ def recompute(decoder: nn.Module, kind: Recomputation) -> None:
         layer.forward = _checkpointed(layer, layer.forward, options)
 
 
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, which all transformers decoders of Llama's kind have under one name.
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an operator changes in place what "selective" keeps: the backward pass would change it again."""
 
-    Raises:
-        UserError: there are none.
-    """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: dict[int, Any] = {}  # storages stay alive, so that no other gets their address
+        self.changed = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given, declared in zip(args, func._schema.arguments, strict=False):
+            written = declared.alias_info is not None and declared.alias_info.is_write
+            if written and isinstance(given, Tensor) and given.untyped_storage()._cdata in self.kept:
+                self.changed = str(func)
+        made = func(*args, **(kwargs or {}))
+        if keeps(func):
+            for tensor in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(tensor, Tensor):
+                    self.kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return made
+
+
+@torch.no_grad()
+def changes_products(run: Callable[[], Any]) -> str:
+    """The operator by which a forward pass changes in place a product that "selective" keeps; "" if there is none."""
+    with _Watch() as watch:
+        run()
+    return str(watch.changed)
+
+
+def refuse_selective(decoder: nn.Module, operator: str) -> None:
+    """Refuse "selective" on a decoder of which `changes_products` names an operator."""
+    if operator:
         raise UserError(
-            f"{type(decoder).__name__} has no list of layers: set model.activation_checkpointing to none, "
-            "model.compile to false, and trainer.strategy to another than fsdp2"
+            f"model.activation_checkpointing is selective, but {type(decoder).__name__} changes products in place "
+            f"({operator}), which the backward pass would use changed twice: set it to full or none"
         )
-    return list(layers)
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

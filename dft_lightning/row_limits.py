@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dft_lightning.decoder import decoder_of
 from dft_lightning.embedding_rows import largest_id
 from dft_lightning.errors import UserError
 from dft_lightning.models import load_model
@@ -148,11 +149,11 @@ def _probe(base: Any) -> Callable[[int], bool]:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         model: Any = type(base)(config).eval()
-    if "position_ids" in inspect.signature(model.get_decoder().forward).parameters:
+    if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:
         _fill_with_zeros(model)
         token = torch.zeros(1, 1).long()
-        return lambda count: _passes(model.get_decoder(), input_ids=token, position_ids=torch.tensor([[count - 1]]))
-    return lambda count: _passes(model.get_decoder(), input_ids=torch.zeros(1, count, device="meta").long())
+        return lambda count: _passes(decoder_of(model), input_ids=token, position_ids=torch.tensor([[count - 1]]))
+    return lambda count: _passes(decoder_of(model), input_ids=torch.zeros(1, count, device="meta").long())
 
 
 def _fill_with_zeros(model: nn.Module) -> None:

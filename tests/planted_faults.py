@@ -25,6 +25,7 @@ STEPS, STEP_WEIGHTS, NONFINITE = (
 ATTENTION = "tests/test_attention.py::"
 ALONE = f"{ATTENTION}test_logits_of_a_packed_row_are_those_of_its_documents_alone"
 LAYERS = "tests/test_layers.py::"
+DECODER, LORA_TARGETS = "tests/test_decoder.py::", "tests/test_lora_targets.py::"
 TARGETS, REFERENCES = "tests/logprob/test_targets.py::", "tests/test_references.py::"
 MODELS, RENDERING, CALLBACKS = "tests/test_models.py::", "tests/data/test_rendering.py::", "tests/callbacks/test_"
 CUT_UP, FORMULA = f"{MODULE}test_how_a_step_is_cut_up_changes_nothing", f"{MODULE}test_the_first_step_is_the_formula"
@@ -133,10 +134,10 @@ FAULTS = [
           "tests/test_metrics.py::test_sums_are_those_of_float64"),
     fault(12, "an adapted head is read without its adapter", "models.py", "if type(head) is not nn.Linear:", "if head is None:",
           f"{MODELS}TestLoRA::test_an_adapted_head_is_refused"),
-    fault(13, "no soft-cap", "models.py", '"final_logit_softcapping"', '"nothing"', OWN_LOGITS),
+    fault(13, "no soft-cap", "logits.py", '"final_logit_softcapping"', '"nothing"', OWN_LOGITS),
     fault(13, "no soft-cap in the gradient", "logprob/head.py", "grad *= 1.0 - (logits / self.softcap).square()", "pass", OWN_LOGITS),
-    fault(13, "no logit scale", "models.py", '"logit_scale"', '"nothing"', OWN_LOGITS),
-    fault(13, "no logits scaling", "models.py", '"logits_scaling"', '"nothing"', OWN_LOGITS),
+    fault(13, "no logit scale", "logits.py", '"logit_scale"', '"nothing"', OWN_LOGITS),
+    fault(13, "no logits scaling", "logits.py", '"logits_scaling"', '"nothing"', OWN_LOGITS),
     fault(13, "no head bias", "models.py", "return LogitTransform(head.bias,", "return LogitTransform(None,", OWN_LOGITS),
     fault(14, "validation averages batches", "metrics.py", "self.sums = self.sums + sums",
           "self.sums = self.sums + sums / sums[3].clamp(min=1)", f"{MODULE}TestValidation"),
@@ -608,6 +609,18 @@ FAULTS = [
     fault(33, "a resumed run freezes something else", "resume.py", '_OF_PARAMETERS = ("freeze", ', "_OF_PARAMETERS = (", f"{FREEZING}test_another_choice_is_refused_after_a_checkpoint"),
     fault(33, "the plan trains what is frozen", "planning/memory.py", "WeightedLM(self.freezing.apply(model))", "WeightedLM(model)", f"{FREEZING}test_a_frozen_head_takes_no_gradient_and_no_states"),
     fault(33, "the plan has AdamW's states for Muon", "planning/memory.py", '"matrix" if is_matrix else "other"', '"other"', f"{FREEZING}test_a_frozen_head_takes_no_gradient_and_no_states"),
+    fault(31, "a decoder is what get_decoder returns", "decoder.py", "    if found is not model and not _contains(found, head):\n", "    if True:\n", f"{DECODER}test_the_decoder_has_the_embedding_and_the_layers_and_not_the_head"),
+    fault(31, "layers are those called layers", "decoder.py", "return list(lists[sizes.index(max(sizes))])", "return list(decoder.layers)", f"{DECODER}test_the_decoder_has_the_embedding_and_the_layers_and_not_the_head"),
+    fault(18, "packing advice that was not tried", "attention_choice.py", "            return all(_fault(model, vocabulary, packed=each) is None for each in checks)\n", "            return True\n", f"{DECODER}test_a_refusal_of_packing_names_what_passes_on_this_model"),
+    fault(18, "an attention that sees later tokens", "attention_choice.py", "    if (reason := _fault(model, vocabulary, packed=False)) is not None:\n", "    if False:\n", f"{DECODER}test_attention_that_sees_later_tokens_or_fails_is_refused"),
+    fault(18, "varlen takes chunks for whole documents", "varlen.py", 'return "chunk" not in kind and', "return True and", f"{DECODER}test_attention_that_the_model_asks_too_much_of_is_refused_before_the_fit"),
+    fault(31, "an attention implementation passes for a fault of the folder", "attention_choice.py", "    if name is not None and (reason := unsupported(name, build)) is not None:\n", "    if False:\n", f"{DECODER}test_attention_that_a_family_does_not_take_is_refused_with_its_default"),
+    fault(0, "selective keeps what is changed in place", "recomputation.py", "    if operator:\n", "    if False:\n", f"{DECODER}test_products_that_are_changed_in_place_are_not_kept"),
+    fault(33, "an adapter that is passed over", "lora_targets.py", "    if unused:\n", "    if False:\n", f"{LORA_TARGETS}test_an_adapter_that_the_devices_kernels_pass_over_is_refused"),
+    fault(33, "what peft rejects is not tried", "lora_targets.py", "    if reason is not None:\n        together", "    if False:\n        together", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),
+    fault(33, "adapters on a weight that several layers share", "lora_targets.py", "if len(names) > 1 for", "if len(names) > 9 for", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),
+    fault(33, "a router is a linear layer", "lora_targets.py", "    if owner is nn.Linear or known:\n", "    if True:\n", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),
+    fault(0, "all heads are as wide as the configuration says", "planning/flops.py", "query.shape[3] + value.shape[3]", "2 * 8", "tests/planning/test_flops.py::test_heads_of_several_sizes_are_what_torch_counts"),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dft_lightning.exporting.card import card, is_metric, logged_metrics
 from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
 from dft_lightning.exporting.stored import Stored, read_stored, weights_of
 from dft_lightning.resume import facts_of
+from dft_lightning.shapes import fleeting
 from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Export(Callback):
         _write(module, stored, model, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
         if self.merge_lora and module.lora is not None:
-            full = merged(copy.deepcopy(model)) if source is None else source.merged()
+            full = merged(copy.deepcopy(model, fleeting(model))) if source is None else source.merged()
             self._add_stops(module, full)
             _write(module, stored, full, folder.with_name("export-merged"), is_merged=True)
 

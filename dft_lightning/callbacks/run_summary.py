@@ -44,6 +44,7 @@ class RunSummary(Callback):
 
 def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     """What this run optimises, on what, and where."""
+    assert module.network is not None
     parameters = list(module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = numbers(module)
@@ -89,7 +90,8 @@ def _adapter(module: "FineTuner") -> str:
     """The settings of the adapters in force, and where they come from."""
     assert module.lora is not None
     origin = {"continue": "; trained further", "merge": "; new, on the model that another was merged into"}
-    return described(module.lora) + origin.get(module.adapter or "", "")
+    assert module.network is not None
+    return f"{described(module.lora)}{origin.get(module.adapter or '', '')}; {module.network.adapted}"
 
 
 def _optimizer_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
@@ -120,10 +122,14 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 def _attention(module: "FineTuner", data: "ChatDataModule | None") -> str:
     assert module.network is not None
-    name = implementation_of(module.network.base.get_decoder())
+    name = implementation_of(module.network.decoder)
     if data is None or not data.is_packed:
         return name
-    slow = "; varlen would not multiply a document with the others of its row" if name in ("sdpa", "eager") else ""
+    slow = ""
+    if name in ("sdpa", "eager"):
+        with module.trainer.precision_plugin.forward_context():
+            better = "varlen" in module.network.packs_with()
+        slow = "; varlen would not multiply a document with the others of its row" if better else ""
     return f"{name}, proved to keep packed sequences apart{slow}"
 
 

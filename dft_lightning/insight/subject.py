@@ -68,7 +68,9 @@ class Subject:
         refuse_logits(module.logits, module.source.dtype, self.precision)
         network = WeightedLM(module.initial_model())
         kind = module.activation_checkpointing
-        recompute(network.base.get_decoder(), "full" if kind == "auto" else kind)  # while it trains only
+        kind = "full" if kind == "auto" else kind
+        network.check_recomputation(kind)
+        recompute(network.decoder, kind)  # while it trains only
         return network.to(self.device).eval()
 
     @property

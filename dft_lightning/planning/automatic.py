@@ -50,7 +50,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         lora=module.lora,
         dtype=module.source.dtype,
         precision=str(trainer.precision),
-        attention=implementation_of(base.get_decoder()),
+        attention=implementation_of(module.network.decoder),
         optimizer=module.optimization.make,
         muon_adamw=module.optimization.muon_adamw,
         freezing=module.freezing,

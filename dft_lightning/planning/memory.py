@@ -18,7 +18,8 @@ from dft_lightning.parameter_groups import kinds_of
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
-from dft_lightning.recomputation import Recomputation
+from dft_lightning.recomputation import Recomputation, changes_products
+from dft_lightning.shapes import run_in_shapes
 from dft_lightning.weighting import TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
@@ -141,13 +142,28 @@ def targets_of(weighting: TokenWeighting) -> int:
     return weighting.vocabulary * (1 + (REF_DISTRIBUTION in weighting.needs))
 
 
-def lightest(load: Load, kinds: Iterable[Recomputation] = KINDS) -> tuple[Recomputation | None, dict[str, Memory]]:
+def sound(load: Load) -> tuple[Recomputation, ...]:
+    """The kinds of recomputation with which the model's gradients are right, as far as its shapes tell."""
+    network = load.network()
+    try:
+        changed = changes_products(lambda: run_in_shapes(network.decoder))
+    except Exception:  # the family's code looks at values: the fit will tell
+        changed = ""
+    return tuple(kind for kind in KINDS if kind != "selective" or not changed)
+
+
+def lightest(
+    load: Load, kinds: Iterable[Recomputation] | None = None
+) -> tuple[Recomputation | None, dict[str, Memory]]:
     """The first kind of recomputation with which the load fits its device (None if none does), and what each needs.
 
     Kinds after the first that fits are not looked at.
+
+    Args:
+        kinds: all that are sound by default.
     """
     looked: dict[str, Memory] = {}
-    for kind in kinds:
+    for kind in sound(load) if kinds is None else kinds:
         looked[kind] = memory(load, kind)
         if looked[kind].peak <= load.capacity:
             return kind, looked
@@ -169,7 +185,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     setting = Setting(
         dtype=load.products,
         precision=load.precision if load.products == load.dtype else _TRUE[load.products],
-        attention=implementation_of(network.base.get_decoder()) if load.attention is None else load.attention,
+        attention=implementation_of(network.decoder) if load.attention is None else load.attention,
         recomputation=kind,
         cuda=load.cuda,
         chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),

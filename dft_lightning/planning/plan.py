@@ -11,17 +11,19 @@ from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.embedding_rows import config_with_rows, prepare_source
+from dft_lightning.errors import UserError
 from dft_lightning.loss_terms import refuse_unsupported, wants_router_loss
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
-from dft_lightning.planning.memory import KINDS, Load, Memory, memory, targets_of
+from dft_lightning.planning.memory import KINDS, Load, Memory, memory, sound, targets_of
 from dft_lightning.planning.peaks import Device, product_of
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
 from dft_lightning.precision import refuse_logits, weights_dtype
-from dft_lightning.recomputation import Recomputation
+from dft_lightning.recomputation import Recomputation, changes_products, refuse_selective
 from dft_lightning.row_limits import check_limits
+from dft_lightning.shapes import run_in_shapes
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -193,7 +195,10 @@ def _flops(network: WeightedLM) -> tuple[ModelFlops | None, str]:
 def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
     """The recomputation that the module asks for, and what a device then needs."""
     asked: str = module.activation_checkpointing
-    kinds = KINDS if asked == "auto" else [kind for kind in KINDS if kind == asked]
+    kinds = sound(load) if asked == "auto" else tuple(kind for kind in KINDS if kind == asked)
+    if asked == "selective" and asked not in sound(load):
+        network = load.network()
+        refuse_selective(network.decoder, changes_products(lambda: run_in_shapes(network.decoder)))
     for kind in kinds:
         need = memory(load, kind)
         if need.peak <= load.capacity:
@@ -207,10 +212,16 @@ def _advice(load: Load, kind: Recomputation, data: SimpleNamespace, merges: bool
     Args:
         merges: whether an adapter is merged before the training, which 4 bits do not go with.
     """
+    kinds = {*sound(load), kind}
     for options, lighter, other in _lighter(load, kind, data):
         if lighter.four_bits and not load.four_bits and (merges or (load.lora and load.lora.modules_to_save)):
             continue
-        need = memory(lighter, other)
+        if other not in kinds:
+            continue
+        try:
+            need = memory(lighter, other)
+        except UserError:  # this model does not support it
+            continue
         if need.peak <= load.capacity:
             return options, need
     return None, None

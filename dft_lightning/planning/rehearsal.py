@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dft_lightning.adapter_names import of_adapter
 from dft_lightning.attention import inputs
+from dft_lightning.attention_choice import built
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.decoder import decoder_of
 from dft_lightning.embedding_rows import train_embeddings
 from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import only_native_bfloat16
@@ -32,6 +34,7 @@ from dft_lightning.planning.grouped_products import GroupedProducts
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
 from dft_lightning.router_loss import recording, routing_of
+from dft_lightning.shapes import shapes_only
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
@@ -144,8 +147,12 @@ def skeleton(
     made: Any = AutoModelForCausalLM
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # of a model that is there already
+
+    def build(attention: str | None) -> Any:
+        return made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
     with torch.device("meta"):
-        model = made.from_config(config, dtype=dtype, attn_implementation=named)
+        model = built(build, attention, named)
         if four_bits:
             refuse_dora(lora)
             pack(model, _MIXED.get(precision, dtype))
@@ -174,7 +181,7 @@ def _faked(model: nn.Module) -> None:
 def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting) -> Footprint:
     """Forward and backward pass of a micro-batch, in shapes."""
     batch = shape.batch()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with shapes_only() as fake:
         # transformers leaves the mask out of sdpa where it can, but not while it is traced
         plain = setting.attention == "sdpa" and not shape.packed
         attention = _TOLD if plain else setting.attention
@@ -185,7 +192,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
             setting.freezing.apply(model)
         _faked(model)
         base = model if lora is None else model.get_base_model()
-        recompute(base.get_decoder(), setting.recomputation)
+        recompute(decoder_of(base), setting.recomputation)
         given = _to(fake, batch)
         trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
         if setting.accumulates:
@@ -198,7 +205,7 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
 
 
 def _run(base: Any, batch: Batch, supervised: int, setting: Setting, live: LiveBytes) -> Footprint:
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
     told = batch.position_ids is not None and decoder.config._attn_implementation == _TOLD
     capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
     casting = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
