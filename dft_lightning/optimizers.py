@@ -221,8 +221,8 @@ def _check_values(option: str, name: str, group: Mapping[str, Any]) -> None:
             f"{option} {name} sets its own learning rate, which model.lr_schedule cannot scale: give --{option}.lr 1e-3"
             + (f" --{option}.relative_step false" if "relative_step" in group else "")
         )
-    if not (math.isfinite(float(lr)) and float(lr) > 0.0):
-        raise UserError(f"{option}.lr is {float(lr)}; expected a number above 0")
+    if not (math.isfinite(float(lr)) and float(lr) >= 0.0):
+        raise UserError(f"{option}.lr is {float(lr)}; expected a number of at least 0")
     for key in ("weight_decay", "eps"):
         value = group.get(key)
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0.0):
