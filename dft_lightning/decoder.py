@@ -61,7 +61,7 @@ def refuse_shared(decoder: nn.Module) -> None:
         if both := owners & own.keys():
             raise UserError(
                 f"trainer.strategy fsdp2 shards layer by layer, but several layers of {type(decoder).__name__} share "
-                f"{own[both.pop()]}: set trainer.strategy to ddp or auto"
+                f"{min(own[each] for each in both)}: set trainer.strategy to ddp or auto"
             )
         owners |= own.keys()
 
