@@ -4,6 +4,7 @@ Everything of a run is in `run_dir`: the configuration as run, TensorBoard's eve
 Starting the same command again goes on there.
 """
 
+import json
 import logging
 import os
 import sys
@@ -259,12 +260,16 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     return 0
 
 
+#: What the strategy's short name stands for: its class, whose settings are merged with those of configuration files.
+_FSDP2 = json.dumps({"class_path": "dft_lightning.sharding.FSDP2Strategy"})
+
+
 def _with_settings_of_fsdp2(args: list[str]) -> list[str]:
     """A strategy's short name has no settings, and would replace those of a configuration file; its class has them."""
-    found = ["--trainer.strategy=FSDP2Strategy" if word == "--trainer.strategy=fsdp2" else word for word in args]
+    found = [f"--trainer.strategy={_FSDP2}" if word == "--trainer.strategy=fsdp2" else word for word in args]
     for place in range(1, len(found)):
         if found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
-            found[place] = "FSDP2Strategy"
+            found[place] = _FSDP2
     return found
 
 

@@ -464,7 +464,7 @@ FAULTS = [
           "tests/data/test_deferred.py::test_somebody_who_asks_for_the_number_of_steps_early_changes_nothing"),
     fault(35, "rows that no cache knows go as far as the first step", "reference.py", 'if not hasattr(data, "rows_used"):', "if False:",
           f"{REFERENCES}test_rows_that_no_cache_knows_are_refused"),
-    fault(0, "a strategy's short name replaces the settings of a file", "cli.py", 'found[place] = "FSDP2Strategy"', "pass",
+    fault(0, "a strategy's short name replaces the settings of a file", "cli.py", 'found[place] = _FSDP2', "pass",
           "tests/test_cli.py::TestWhatCannotBe::test_the_short_name_keeps_the_settings_of_a_file"),
     fault(0, "recipes that cannot be are refused after the rows are read", "cli.py", "            refuse_combinations(self.model", "            training or refuse_combinations(self.model",
           "tests/test_recipes.py::TestRefused"),
