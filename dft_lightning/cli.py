@@ -31,6 +31,7 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.callbacks.lightnings import fit_callbacks, has_progress_bar, options_for, write_enums
 from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
@@ -42,6 +43,7 @@ from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
+from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
@@ -126,6 +128,8 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
+        sharded = isinstance(getattr(self.trainer, "strategy", None), FSDP2Strategy)
+        fit_callbacks(self._get(self.config_init, "trainer")["callbacks"], sharded)
         if not self._stored:
             return
         now = identity_by_options(self.model.hparams)
@@ -146,12 +150,13 @@ class CommandLine(LightningCLI):
         given = self._get(self.config_init, "trainer")
         fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption()]
         own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
-        if given["enable_progress_bar"] is not False:
-            own.append(Progress())
         if given["logger"] in (None, True):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
         if given["callbacks"] is not None:
             own += given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
+            kwargs |= options_for(given["callbacks"])
+        if given["enable_progress_bar"] is not False and not has_progress_bar(own):
+            own.append(Progress())
         trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # progress shows what the others log, and the configuration is there for those that look at it
@@ -191,6 +196,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
     load_plugins()
+    write_enums()
     meet_anew()
     given = _with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)])
     Parser.given = given

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dft_lightning import resume
 from dft_lightning.adapters import prepare_adapters
+from dft_lightning.averaging import keep_averages, take_current
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
@@ -91,8 +92,8 @@ class FineTuner(WeightedModule):
         given = {key: value for key, value in locals().items() if key not in {"self", "optimizer", "__class__"}}
         super().__init__()
         # A checkpoint holds plain data, and is loaded without pickle: a weighting and LoRA come back as dictionaries.
-        self.weighting = _revived(weighting, from_spec)
-        self.lora = _revived(lora, lambda fields: LoRA(**fields))
+        self.weighting = from_spec(weighting) if isinstance(weighting, Mapping) else weighting
+        self.lora = LoRA(**lora) if isinstance(lora, Mapping) else lora
         self.save_hyperparameters(
             given | {"weighting": to_spec(self.weighting), "lora": asdict(self.lora) if self.lora else None}
         )
@@ -261,6 +262,7 @@ class FineTuner(WeightedModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""
         optimizer = self.optimizer([parameter for parameter in self._network.parameters() if parameter.requires_grad])
+        self.take_found_lr(optimizer)
         if self._resumed is not None:
             then, now = self._resumed["optimizer"], type(optimizer).__qualname__
             resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
@@ -273,6 +275,7 @@ class FineTuner(WeightedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what makes this run what it is."""
+        keep_averages(self.trainer, checkpoint)
         if self.trainer.optimizers:
             checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
             if self.old_policy is not None:
@@ -285,8 +288,8 @@ class FineTuner(WeightedModule):
             return
         if resume.CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by a training run of dft-lightning: start a new run")
-        facts = checkpoint[resume.CHECKPOINT_KEY]
-        now = resume.identity(self)
+        take_current(checkpoint)
+        facts, now = checkpoint[resume.CHECKPOINT_KEY], resume.identity(self)
         resume.refuse(facts["identity"], now, self.allow_changes)
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
@@ -294,7 +297,3 @@ class FineTuner(WeightedModule):
         if self.old_policy is not None and "old_policy" in facts and facts["identity"]["data"] == now["data"]:
             self.old_policy.load(facts["old_policy"])
         self._resumed = facts
-
-
-def _revived(value: Any, build: Callable[[Mapping[str, Any]], Any]) -> Any:
-    return build(value) if isinstance(value, Mapping) else value

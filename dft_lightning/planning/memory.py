@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.averaging import held_bytes
 from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
@@ -51,6 +52,7 @@ class Load:
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
         four_bits: whether weights beside adapters are held in 4 bits.
+        averaged: whether a callback holds averages of the trained weights on the device.
     """
 
     config: Any
@@ -72,6 +74,7 @@ class Load:
     targets: int = 0
     dealing: Dealing | None = None
     four_bits: bool = False
+    averaged: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -149,6 +152,8 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     states, update = _optimizer(load, trained)
     held = {"weights": load.part(network.parameters()), "buffers": nbytes(network.buffers())}
     held |= {"optimizer states": states}
+    if load.averaged:
+        held["averages of the trained weights"] = sum(held_bytes(weight) for weight in trained)
     held |= _because_of_ranks(load, network, gradients)
     if load.cuda:
         held["CUDA context and gaps (assumed)"] = int(_RESERVE)

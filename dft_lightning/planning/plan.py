@@ -62,12 +62,14 @@ class Options:
         limits: world_size, global_rank, max_epochs, max_steps.
         utilisation: share of the peak that is expected.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
+        averaged: as `Load.averaged`.
     """
 
     precision: str
     limits: SimpleNamespace
     utilisation: float
     dealing: Dealing | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         targets=targets_of(module.weighting),
         dealing=options.dealing,
         four_bits=module.source.quantization is not None,
+        averaged=options.averaged,
     )
     refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
@@ -230,7 +233,7 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
 def _can_be_dealt(load: Load) -> bool:
     """Whether each rank has all, and fsdp2 would not refuse the run."""
     refused = load.precision == "16-mixed" or load.four_bits or (load.lora is not None and load.lora.dora)
-    return load.ranks > 1 and load.dealing is None and not refused
+    return load.ranks > 1 and load.dealing is None and not refused and not load.averaged
 
 
 def _fused(load: Load) -> str:
