@@ -130,9 +130,8 @@ class Breaks(torch.optim.SGD):
 
 
 def test_a_search_that_diverges_skips_no_step_of_the_run(model_dir, rows_file, tmp_path):
-    finder = LearningRateFinder(
-        min_lr=1e-3, max_lr=1e30, num_training_steps=40, early_stop_threshold=None, update_attr=False
-    )
+    rates = {"min_lr": 1e-5, "max_lr": 100.0, "num_training_steps": 40}
+    finder = LearningRateFinder(**rates, early_stop_threshold=None, update_attr=False)
     watch, tuner, _, trainer = run(model_dir, rows_file, tmp_path, finder, optimizer=Breaks)
     assert len(finder.optimal_lr.results["lr"]) < 40
     assert trainer.callback_metrics["train/skipped_steps"] == tuner.step.skipped.total == 0
