@@ -457,7 +457,7 @@ FAULTS = [
     fault(33, "a skipped step moves the average", "callbacks/averaging.py", 'if not cast("FineTuner", pl_module).step.skipped.this_one and self', "if self",
           "tests/callbacks/test_averaging.py::test_a_skipped_step_is_no_update"),
     fault(21, "a run resumes from the averages", "averaging.py", 'checkpoint["state_dict"] = checkpoint.pop(CURRENT)', "checkpoint.pop(CURRENT)",
-          "tests/callbacks/test_averaging.py::test_killed_and_resumed_is_uninterrupted[3-ema]"),
+          "tests/callbacks/test_averaging.py::test_killed_and_resumed_is_uninterrupted[16-ema]"),
     fault(21, "the average of an epoch is lost on resume", "callbacks/averaging.py", "            self._end_epoch(ended - 1)", "            pass",
           "tests/callbacks/test_averaging.py::test_killed_and_resumed_is_uninterrupted[16-swa]"),
     fault(0, "the trained weights are validated", "callbacks/averaging.py", 'trainer.state.fn == "fit":\n            self.averages.swap_in()', 'trainer.state.fn == "fit":\n            pass',

@@ -51,9 +51,7 @@ def both(folder: Path, name: str) -> None:
 
 def sharded(folder: Path) -> None:
     """Averaging is refused, and a search leaves the weights as they were."""
-    with pytest.raises(
-        UserError, match="EMAWeightAveraging does not average weights that trainer.strategy fsdp2 shards"
-    ):
+    with pytest.raises(UserError, match=r"does not average weights that .* fsdp2 shards"):
         run(folder, "fsdp2", EMAWeightAveraging(), FSDP2Strategy(process_group_backend="gloo"))
     finder = LearningRateFinder(min_lr=1e-4, num_training_steps=14, update_attr=False)
     strategy = FSDP2Strategy(process_group_backend="gloo")
