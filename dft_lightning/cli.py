@@ -33,6 +33,7 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.callbacks.lightnings import fit_callbacks, has_progress_bar, options_for, write_enums
 from dft_lightning.checkpointing import skeleton
 from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_file import SaveConfig
@@ -49,6 +50,7 @@ from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import CHECKPOINT_KEY, Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
 from dft_lightning.seeds import data_seed, drawn, resumed
+from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
@@ -150,6 +152,8 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
+        sharded = isinstance(getattr(self.trainer, "strategy", None), FSDP2Strategy)
+        fit_callbacks(self._get(self.config_init, "trainer")["callbacks"], sharded)
         if self.trainer is not None:
             training = self.subcommand == "fit"
             refuse_combinations(self.model, self.trainer, self.datamodule, training=training)
@@ -181,12 +185,13 @@ class CommandLine(LightningCLI):
         given = self._get(self.config_init, "trainer")
         fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption()]
         own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
-        if given["enable_progress_bar"] is not False:
-            own.append(Progress())
         if given["logger"] in (None, True):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
         if given["callbacks"] is not None:
             own += given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
+            kwargs |= options_for(given["callbacks"])
+        if given["enable_progress_bar"] is not False and not has_progress_bar(own):
+            own.append(Progress())
         trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # progress shows what the others log, and the configuration is there for those that look at it
@@ -228,6 +233,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
     load_plugins()
+    write_enums()
     meet_anew()
     try:
         given = with_own_options(_with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)]))

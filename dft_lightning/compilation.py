@@ -4,6 +4,7 @@ All layers share what is compiled, so that it takes seconds and not minutes. Onl
 compiled: validation has other shapes. The loss and the embedding stay outside.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -41,15 +42,22 @@ def compile_layers(decoder: nn.Module) -> None:
     """
     torch.compiler.reset()
     for layer in layers_of(decoder):
-        layer.forward = _chosen(layer, layer.forward, torch.compile(layer.forward, **_OPTIONS))
+        layer.forward = _Chosen(layer, layer.forward).run
 
 
-def _chosen(layer: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = compiled if layer.training and torch.is_grad_enabled() else plain
+class _Chosen:
+    """A layer's forward, compiled while it trains. A deep copy of the layer has one of its own, not the original's."""
+
+    def __init__(self, layer: nn.Module, plain: Callable[..., Any]) -> None:
+        self.layer, self.plain = layer, plain
+        self.compiled = torch.compile(plain, **_OPTIONS)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self.compiled if self.layer.training and torch.is_grad_enabled() else self.plain
         return chosen(*args, **kwargs)
 
-    return run
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Chosen":
+        return _Chosen(copy.deepcopy(self.layer, memo), copy.deepcopy(self.plain, memo))
 
 
 def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextManager[Any]) -> None:

@@ -1,6 +1,6 @@
 """`FineTuner`: one training step, whatever a token is worth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dft_lightning import resume
 from dft_lightning.adapter_folders import Adapter
 from dft_lightning.adapters import prepare_adapters
+from dft_lightning.averaging import keep_averages, take_current
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
@@ -286,6 +287,7 @@ class FineTuner(WeightedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what makes this run what it is."""
+        keep_averages(self.trainer, checkpoint)
         if self.trainer.optimizers:
             checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
             if self.old_policy is not None:
@@ -298,8 +300,8 @@ class FineTuner(WeightedModule):
             return
         if resume.CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by a training run of dft-lightning: start a new run")
-        facts = checkpoint[resume.CHECKPOINT_KEY]
-        now = resume.identity(self)
+        take_current(checkpoint)
+        facts, now = checkpoint[resume.CHECKPOINT_KEY], resume.identity(self)
         resume.refuse(facts["identity"], now, self.allow_changes)
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)

@@ -34,6 +34,7 @@ def configured(
     """
     assert module.network is not None
     optimizer = module.optimization.build(module.network.model)
+    module.take_found_lr(optimizer)
     if resumed is not None:
         resume.refuse_optimizer(resumed, optimizer)
     for group in optimizer.param_groups:  # a schedule changes a tensor in place

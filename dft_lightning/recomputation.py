@@ -1,6 +1,7 @@
 """Activation checkpointing of a decoder's layers: what the backward pass recomputes in place of keeping it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -38,7 +39,7 @@ def recompute(decoder: nn.Module, kind: Recomputation) -> None:
         return
     options: dict[str, Any] = {} if kind == "full" else {"context_fn": _selective}
     for layer in layers_of(decoder):
-        layer.forward = _checkpointed(layer, layer.forward, options)
+        layer.forward = _Checkpointed(layer, layer.forward, options).run
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -79,13 +80,18 @@ def refuse_selective(decoder: nn.Module, operator: str) -> None:
         )
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not (layer.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **options)
+@dataclass
+class _Checkpointed:
+    """A layer's forward that recomputes. No closure: a deep copy of the layer has one of its own."""
 
-    return run
+    layer: nn.Module
+    forward: Callable[..., Any]
+    options: dict[str, Any]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.layer.training and torch.is_grad_enabled()):
+            return self.forward(*args, **kwargs)
+        return checkpoint(partial(self.forward, **kwargs), *args, use_reentrant=False, **self.options)
 
 
 def _selective() -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.adapter_names import of_adapter
+from dft_lightning.averaging import averaging_in_words, averaging_of
 from dft_lightning.errors import UserError
 from dft_lightning.precision import precision_of
 from dft_lightning.weighting.proof import fingerprint
@@ -15,7 +16,7 @@ from dft_lightning.weighting.proof import fingerprint
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
 
-Change = Literal["model", "tokenizer", "data", "weighting", "normalize"]
+Change = Literal["model", "tokenizer", "data", "weighting", "normalize", "averaging"]
 """What `allow_changes` can name: a run may go on with another one of these if its user says so."""
 
 CHECKPOINT_KEY = "dft_lightning"
@@ -79,6 +80,8 @@ def identity(module: "FineTuner") -> Identity:
     found["model"]["architecture"] = _sha256(json.dumps(config, sort_keys=True, default=str))
     found["tokenizer"]["content"] = _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]))
     found["weighting"]["content"] = fingerprint(module.weighting)
+    averaging = averaging_of(module.trainer)
+    found["averaging"] = {"": None if averaging is None else averaging.state_key}
     found["data"] = getattr(getattr(module.trainer, "datamodule", None), "identity", dict)()
     return found
 
@@ -98,6 +101,7 @@ def settings_of(module: "FineTuner") -> dict[str, Any]:
         "precision": precision_of(trainer),
         "dtype": str(network.base.dtype),
         "dtype of the adapters": _adapters_dtype(network) if module.lora is not None else None,
+        "averaging": averaging_in_words(trainer),
     }
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from dft_lightning.logprob import ReferenceHead
 from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, refuse_terms, router_for_scoring
 from dft_lightning.metrics import TokenMeans, token_sums
 from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, load_tokenizer
+from dft_lightning.module_base import ModuleBase
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
 from dft_lightning.precision import computed_in, held_and_computed, refuse_logits, refuse_precision
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
 
 
-class WeightedModule(pl.LightningModule):
+class WeightedModule(ModuleBase):
     """The part of `FineTuner` that needs no training: it loads the model, and scores batches under the weighting."""
 
     source: ModelSource

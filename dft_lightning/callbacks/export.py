@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.adapters import merged
+from dft_lightning.averaging import averaging_of
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.errors import UserError
 from dft_lightning.exporting.card import card, is_metric, logged_metrics
 from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
 from dft_lightning.exporting.stored import Stored, read_stored, weights_of
@@ -26,7 +28,8 @@ class Export(Callback):
 
     Args:
         enabled: whether to export at all.
-        which: the last state of the training, or the best by the checkpoints' monitor.
+        which: the last state of the training, or the best by the checkpoints' monitor. Where a callback averages the
+            weights (EMAWeightAveraging, …), both are averages; averaged is the last state, and refused without one.
         merge_lora: also write `run_dir/export-merged`, a model without adapter.
         stop_tokens: tokens that end an answer, added to those in the exported generation config.
     """
@@ -34,7 +37,7 @@ class Export(Callback):
     def __init__(
         self,
         enabled: bool = True,
-        which: Literal["last", "best"] = "last",
+        which: Literal["last", "best", "averaged"] = "last",
         merge_lora: bool = False,
         stop_tokens: list[str] | None = None,
     ) -> None:
@@ -43,6 +46,11 @@ class Export(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse unknown stop tokens before the training, not after it."""
+        if self.enabled and self.which == "averaged" and averaging_of(trainer) is None:
+            raise UserError(
+                "export.which is 'averaged', but no callback averages the weights: add one, as in "
+                "--trainer.callbacks+=EMAWeightAveraging, or leave export.which out"
+            )
         if self.enabled:
             stop_ids(cast("FineTuner", pl_module).tokenizer, self.stop_tokens)
 

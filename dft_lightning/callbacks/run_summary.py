@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dft_lightning import schedules
 from dft_lightning.adapters import described
 from dft_lightning.attention import implementation_of
+from dft_lightning.averaging import averaging_in_words
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
 from dft_lightning.optimizers import described as groups_of
@@ -68,6 +69,8 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     facts |= _optimizer_facts(trainer, module)
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
+    if (rule := averaging_in_words(trainer)) is not None:
+        facts["averaging"] = f"{rule}; validation, best.ckpt and export use the averaged weights"
     facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
     monitor, mode = module.weighting.monitor
     return facts | {

@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
     merge = "add an adapter's product to the weights it adapts, and write a model without adapter"
     parser.add_argument("--merge_lora", type=_bool, default=False, metavar="true|false", help=merge)
+    averaged = "of a run that averages its weights: the averages (default), or the weights trained last"
+    parser.add_argument("--which", choices=["averaged", "current"], help=averaged)
     parser.add_argument("--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="also end an answer")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights (5GB)")
     parser.add_argument(
@@ -60,7 +62,7 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
     from dft_lightning.exporting.stored import read_stored
 
-    stored = read_stored(given.checkpoint)
+    stored = read_stored(given.checkpoint, given.which)
     has_adapter = stored.options["lora"] is not None
     if given.merge_lora and not has_adapter:
         raise UserError(f"--merge_lora true, but {given.checkpoint} is of a run without adapter: leave it out")

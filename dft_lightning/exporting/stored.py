@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dft_lightning.adapter_folders import model_of, name_base, tokenizer_of
 from dft_lightning.adapters import merged
+from dft_lightning.averaging import Which, state_of
 from dft_lightning.checkpointing import read
 from dft_lightning.embedding_rows import config_with_rows, rows_stored, train_embeddings
 from dft_lightning.errors import UserError
@@ -149,16 +150,19 @@ def _without_weights(source: ModelSource) -> Any:
     return model
 
 
-def read_stored(checkpoint: Path) -> Stored:
+def read_stored(checkpoint: Path, which: Which | None = None) -> Stored:
     """Open a checkpoint of a run without reading its tensors, the optimizer's least of all.
 
+    Args:
+        which: of a run that averaged its weights, the averages or the weights trained last; by default the averages.
+
     Raises:
-        UserError: there is no such file, it is damaged, or no run of ours has written it.
+        UserError: there is no such file, it is damaged, no run of ours has written it, or it has no averages.
     """
     content = read(checkpoint, weights_only=True)
     if not isinstance(content, dict) or not {CHECKPOINT_KEY, "hyper_parameters", "state_dict"} <= content.keys():
         raise UserError(f"{checkpoint} was not written by a training run of dft-lightning")
-    options, weights = dict(content["hyper_parameters"]), weights_of(content["state_dict"])
+    options, weights = dict(content["hyper_parameters"]), weights_of(state_of(content, which, checkpoint))
     return Stored(options, weights, int(content["global_step"]), content[CHECKPOINT_KEY])
 
 

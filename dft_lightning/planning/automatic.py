@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.callbacks.lightnings import averages_on_device
 from dft_lightning.errors import UserError
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB, KINDS, Load, lightest, targets_of
@@ -68,6 +69,7 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         four_bits=module.source.quantization is not None,
         embeddings_trained=module.resize_embeddings is not False,
         router=module.router is not None,
+        averaged=averages_on_device(trainer.callbacks, cuda=module.device.type == "cuda"),  # type: ignore[attr-defined]
     )
 
 

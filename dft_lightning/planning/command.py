@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
 from dft_lightning.adapters import refuse_sharded
+from dft_lightning.callbacks.lightnings import averages_on_device, fit_callbacks
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
@@ -50,7 +51,11 @@ class PlanCommand(InsteadOfTraining):
         if config.memory_gib is not None and not config.memory_gib > 0:
             raise UserError(f"--memory_gib is {config.memory_gib}; expected GiB of a device, more than 0")
         precision = _convert_precision_to_unified_args(trainer.precision) or "32-true"
-        strategy = strategy_of(trainer.strategy, precision)
+        strategy, callbacks = (
+            strategy_of(trainer.strategy, precision),
+            self._get(self.config_init, "trainer")["callbacks"],
+        )
+        fit_callbacks(callbacks, sharded=strategy is not None)
         if strategy is not None:
             refuse_sharded(self.model.lora)
             refuse_quantized(self.model.source)
@@ -66,6 +71,7 @@ class PlanCommand(InsteadOfTraining):
             ),
             utilisation=config.utilisation,
             dealing=None if strategy is None else Dealing.by(strategy, place.devices),
+            averaged=averages_on_device(callbacks, place.cuda),
         )
         model_config = load_config(self.model.base_source)
         return make_plan(self.model, cast(ChatDataModule, self.datamodule), model_config, place, options)

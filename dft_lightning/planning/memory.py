@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.averaging import held_bytes
 from dft_lightning.embedding_rows import train_embeddings
 from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import allowed_bytes, default_rows
@@ -60,6 +61,7 @@ class Load:
         router: whether there is a router loss.
         muon_adamw: as `model.muon_adamw`.
         freezing: what of the model is not trained.
+        averaged: whether a callback holds averages of the trained weights on the device.
     """
 
     config: Any
@@ -85,6 +87,7 @@ class Load:
     router: bool = False
     muon_adamw: MuonAdamW | None = None
     freezing: Freezing = NOTHING
+    averaged: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -178,6 +181,8 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     states, update = _optimizer(load, network)
     held = {"weights": load.part(network.parameters()), "buffers": nbytes(network.buffers())}
     held |= {"optimizer states": states}
+    if load.averaged:
+        held["averages of the trained weights"] = sum(held_bytes(weight) for weight in trained)
     held |= _because_of_ranks(load, network, gradients)
     if load.cuda:
         held["CUDA context and gaps (assumed)"] = int(_RESERVE)

@@ -67,12 +67,14 @@ class Options:
         limits: world_size, global_rank, max_epochs, max_steps.
         utilisation: share of the peak that is expected.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
+        averaged: as `Load.averaged`.
     """
 
     precision: str
     limits: SimpleNamespace
     utilisation: float
     dealing: Dealing | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         four_bits=module.source.quantization is not None,
         embeddings_trained=module.resize_embeddings is not False,
         router=wants_router_loss(config, module.router_loss),
+        averaged=options.averaged,
     )
     refuse_unsupported(config, module.unsupported_losses)
     refuse_logits(module.logits, load.products, options.precision)
@@ -261,7 +264,7 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
 def _can_be_dealt(load: Load) -> bool:
     """Whether each rank has all, and fsdp2 would not refuse the run."""
     refused = load.precision == "16-mixed" or load.four_bits or (load.lora is not None and load.lora.dora)
-    return load.ranks > 1 and load.dealing is None and not refused
+    return load.ranks > 1 and load.dealing is None and not refused and not load.averaged
 
 
 def _fused(load: Load) -> str:
