@@ -1,6 +1,6 @@
 """`FineTuner`: one training step, whatever a token is worth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
