@@ -29,7 +29,7 @@ def trained(model):
         ({"train_only": ["model.layers.[01].mlp.*"]}, lambda name: ".mlp." not in name),
         ({"train_only": ["*.mlp.*"], "freeze": ["*.up_proj.*"]}, lambda name: ".mlp." not in name or "up_proj" in name),
     ],
-    ids=str,
+    ids=["layers", "names", "train_only", "both"],
 )
 def test_frozen_parameters_stay_and_others_move(model_dir, rows_file, tmp_path, options, frozen):
     tuner, trainer = resumes_to_the_bit(model_dir, rows_file, tmp_path, ADAM | options)
