@@ -14,7 +14,7 @@ from dft_lightning.adapters import AdapterDtype, LoRA, add_lora, merged
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from dft_lightning.models import ModelSource
+    from dft_lightning.loading import ModelSource
 
 Adapter = Literal["continue", "merge"]
 """What becomes of the adapter: it is trained further, or merged into its base model before the training."""

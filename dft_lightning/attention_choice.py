@@ -12,7 +12,7 @@ from dft_lightning.decoder import decoder_of
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from dft_lightning.models import ModelSource
+    from dft_lightning.loading import ModelSource
 
 #: What is tried, in the order in which it is advised.
 _CANDIDATES = ("varlen", "flash_attention_2", "sdpa", "eager")

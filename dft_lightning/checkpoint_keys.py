@@ -21,7 +21,7 @@ from dft_lightning.errors import UserError
 from dft_lightning.seeds import seeded
 
 if TYPE_CHECKING:
-    from dft_lightning.models import ModelSource
+    from dft_lightning.loading import ModelSource
 
 _SHOWN = 8  # groups of names in a message
 _MASKS = {"bias", "masked_bias", "causal_mask"}

@@ -16,7 +16,7 @@ from dft_lightning.seeds import run_seed, seeded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dft_lightning.models import ModelSource
+    from dft_lightning.loading import ModelSource
     from dft_lightning.scoring import WeightedModule
 
 

@@ -11,7 +11,7 @@ from dft_lightning.adapter_names import of_adapter
 from dft_lightning.adapters import LoRA, add_lora, described
 from dft_lightning.embedding_rows import train_embeddings
 from dft_lightning.errors import UserError
-from dft_lightning.models import load_model
+from dft_lightning.loading import load_model
 from dft_lightning.refusals import refuse_adapter_options
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 

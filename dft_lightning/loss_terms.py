@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.errors import UserError
-from dft_lightning.models import load_config
+from dft_lightning.loading import load_config
 from dft_lightning.own_loss import OwnLoss
 from dft_lightning.router_loss import RouterLoss
 

@@ -19,8 +19,9 @@ from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
 from dft_lightning.freezing import freezing_of
 from dft_lightning.initial_model import Reference
+from dft_lightning.loading import ModelSource, Precision
 from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, prepare_loss_terms
-from dft_lightning.models import LoRA, ModelSource, Precision
+from dft_lightning.models import LoRA
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import configured, papers_adamw, put_in_force

@@ -7,7 +7,7 @@ import torch
 
 from dft_lightning.adapters import adapter_dtype
 from dft_lightning.errors import UserError
-from dft_lightning.models import Precision
+from dft_lightning.loading import Precision
 from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dft_lightning import embedded, schedules
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.embedding_rows import check_resize
 from dft_lightning.errors import UserError
+from dft_lightning.loading import ModelSource
 from dft_lightning.loss_terms import check_router_option
-from dft_lightning.models import ModelSource
 from dft_lightning.optimizers import parts_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_quantized, refuse_strategy

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from dft_lightning.decoder import decoder_of
 from dft_lightning.embedding_rows import largest_id
 from dft_lightning.errors import UserError
-from dft_lightning.models import load_model
+from dft_lightning.loading import load_model
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule

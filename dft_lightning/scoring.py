@@ -16,10 +16,11 @@ from dft_lightning.adapter_folders import Adapter, AdapterFolder, tokenizer_of
 from dft_lightning.embedding_rows import prepare_source
 from dft_lightning.errors import UserError
 from dft_lightning.initial_model import Reference, build, read_adapter, reference_in_force
+from dft_lightning.loading import ModelSource, Precision, load_tokenizer
 from dft_lightning.logprob import ReferenceHead
 from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, refuse_terms, router_for_scoring
 from dft_lightning.metrics import TokenMeans, token_sums
-from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, load_tokenizer
+from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.module_base import ModuleBase
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy

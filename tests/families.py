@@ -31,7 +31,8 @@ from dft_lightning.callbacks.run_summary import RunSummary
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.batch import Collator
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, WeightedLM, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import WeightedLM
 from dft_lightning.recomputation import recompute
 from dft_lightning.weighting import DFT
 

@@ -22,7 +22,7 @@ from dft_lightning.adapter_folders import CONFIG
 from dft_lightning.adapters import LoRA
 from dft_lightning.callbacks import Checkpoints, Export
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 from dft_lightning.weighting import ASFT, ImportanceWeighted
 
 IDS = torch.arange(3, 40)[None]

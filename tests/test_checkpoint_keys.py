@@ -16,7 +16,7 @@ from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints, Export
 from dft_lightning.checkpoint_keys import Differences, abbreviated
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 
 NAN, INF = float("nan"), float("inf")
 

@@ -7,7 +7,8 @@ from tiny_families import model_of
 from dft_lightning import varlen
 from dft_lightning.decoder import decoder_of, layers_of, refuse_shared
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, WeightedLM, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import WeightedLM
 
 LISTS = {
     "llama": "layers",

@@ -12,7 +12,8 @@ from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints, Export
 from dft_lightning.embedding_rows import grow, rows_needed
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import LoRA
 from dft_lightning.weighting import DFT, ImportanceWeighted
 
 OLD, NEW = 289, 291

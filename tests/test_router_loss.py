@@ -10,7 +10,8 @@ from ranks import start
 from routed import COEFFICIENT, FAMILIES, OTHERS, by_transformers, first_batch, given_to_transformers, routed_model
 
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, add_lora, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import LoRA, add_lora
 from dft_lightning.router_loss import RouterLoss, routing_of
 from dft_lightning.weighting import DFT, Renormalized, TokenWeighting, Uniform
 

@@ -15,7 +15,8 @@ from dft_lightning.averaging import Which, state_of
 from dft_lightning.checkpointing import read
 from dft_lightning.embedding_rows import config_with_rows, rows_stored, train_embeddings
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, add_lora, load_model, load_tokenizer, loading
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer, loading
+from dft_lightning.models import LoRA, add_lora
 from dft_lightning.quantization import Quantization, leave_out_of_states, read_out
 from dft_lightning.reference import fingerprint_of_base
 from dft_lightning.resume import CHECKPOINT_KEY

@@ -14,7 +14,7 @@ from dft_lightning.callbacks.lightnings import averages_on_device, fit_callbacks
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.models import load_config
+from dft_lightning.loading import load_config
 from dft_lightning.planning.dealt import Dealing, strategy_of
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.peaks import Device, find_device

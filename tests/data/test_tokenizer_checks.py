@@ -7,7 +7,7 @@ from conftest import tiny_config, tiny_tokenizer
 from dft_lightning.data.rendering import TEMPLATES, load_chat_template
 from dft_lightning.data.tokenizer_checks import unknown_tokens
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, load_tokenizer
+from dft_lightning.loading import ModelSource, load_tokenizer
 
 UNKNOWN = {
     "chatml": set(),

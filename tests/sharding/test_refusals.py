@@ -12,7 +12,7 @@ from harness import fit
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranks import start
 
-from dft_lightning import initial_model, models
+from dft_lightning import initial_model, loading
 from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints, Throughput
 from dft_lightning.errors import UserError
@@ -112,7 +112,7 @@ def one_reads(folder: Path) -> None:
 
     def watched(source, *, empty=False):
         built.append(empty)
-        return models.load_model(source, empty=empty)
+        return loading.load_model(source, empty=empty)
 
     initial_model.load_model = watched
     speed, halves = Throughput(), FSDP2Strategy(compute="bfloat16")
