@@ -63,7 +63,8 @@ def choose(
         return Choice(asked)
     key = type(model), model.config.to_json_string(), settings, getattr(model, "is_loaded_in_4bit", False)
     if key not in _CHOSEN:
-        _CHOSEN[key] = _choose_of_all(model, asked, attempt)
+        with torch.random.fork_rng([]):  # the adapters of the copies that are tried are drawn, too
+            _CHOSEN[key] = _choose_of_all(model, asked, attempt)
     return _CHOSEN[key]
 
 

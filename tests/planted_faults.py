@@ -617,6 +617,7 @@ FAULTS = [
     fault(31, "an attention implementation passes for a fault of the folder", "attention_choice.py", "    if name is not None and (reason := unsupported(name, build)) is not None:\n", "    if False:\n", f"{DECODER}test_attention_that_a_family_does_not_take_is_refused_with_its_default"),
     fault(0, "selective keeps what is changed in place", "recomputation.py", "    if operator:\n", "    if False:\n", f"{DECODER}test_products_that_are_changed_in_place_are_not_kept"),
     fault(33, "an adapter that is passed over", "lora_targets.py", "    if unused:\n", "    if False:\n", f"{LORA_TARGETS}test_an_adapter_that_the_devices_kernels_pass_over_is_refused"),
+    fault(33, "what is tried draws random numbers", "lora_targets.py", "        with torch.random.fork_rng([]):", "        if True:", f"{LORA_TARGETS}test_what_is_tried_draws_nothing"),
     fault(33, "what peft rejects is not tried", "lora_targets.py", "    if reason is not None:\n        together", "    if False:\n        together", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),
     fault(33, "adapters on a weight that several layers share", "lora_targets.py", "if len(names) > 1 for", "if len(names) > 9 for", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),
     fault(33, "a router is a linear layer", "lora_targets.py", "    if owner is nn.Linear or known:\n", "    if True:\n", f"{LORA_TARGETS}test_what_cannot_be_adapted_is_left_out_and_reported"),

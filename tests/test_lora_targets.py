@@ -77,6 +77,24 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_name(family, layer):
         add_lora(model_of(family), LoRA(rank=2, target_modules=[layer]))
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_what_is_tried_draws_nothing(family):
+    """Else the adapters would begin differently where the choice is known by now."""
+    begun = []
+    for _ in range(2):
+        model = model_of(family)
+        torch.manual_seed(7)
+        adapted = add_lora(model, LoRA(rank=3, alpha=11))
+        begun.append(torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_A" in name]))
+    assert torch.equal(*begun)
+    network = WeightedLM(adapted)
+    state = torch.get_rng_state()
+    network.check_adapters()
+    network.check_recomputation("selective")
+    network.packs_with()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class Direct(torch.nn.Module):
     """Multiplies with a layer's weight as kernels for GPUs do."""
 
