@@ -123,9 +123,10 @@ def refuse_parts(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
     kinds = {kind.__name__ for kind in classes if kind.__module__.startswith(("torch.", "transformers."))}
     plain = any(kind.__module__.startswith(_OF_PLAIN_TENSORS) for kind in classes)
     if isinstance(trainer.strategy, FSDP2Strategy) and (plain or kinds & _OF_WHOLE_WEIGHTS):
+        name = type(parts_of(optimizer)[0]).__name__
         raise UserError(
-            f"model.optimizer {type(optimizer).__name__} looks at whole weights, of which trainer.strategy fsdp2 gives "
-            "each rank a part: take one that goes entry by entry (AdamW, SGD, …), or trainer.strategy ddp"
+            f"model.optimizer {name} looks at whole weights, of which trainer.strategy fsdp2 gives each rank "
+            "a part: take one that goes entry by entry (AdamW, SGD, …), or trainer.strategy ddp"
         )
 
 

@@ -56,7 +56,7 @@ def test_adafactor_of_transformers(model_dir, rows_file, tmp_path):
 
 def of_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes.optim")
-    kinds = {getattr(bnb, name) for name in dir(bnb)}
+    kinds = (getattr(bnb, name) for name in dir(bnb))
     found = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)]
     return sorted(found, key=lambda kind: kind.__name__)
 
