@@ -1,8 +1,8 @@
 """Low-rank adapters by peft: plain, rank-stabilised, and with magnitudes of their own (DoRA)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
-from dft_lightning.lora_targets import choose, report
+from dft_lightning.lora_targets import ALL_LINEAR, choose, covered, report
 from dft_lightning.quantization import weight_of
 
 AdapterDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -64,16 +64,11 @@ def described(lora: LoRA) -> str:
     return "LoRA, " + ", ".join(f"{name} {value}" for name, value in given.items())
 
 
-def add_lora(model: Any, lora: LoRA, *, of: str | None = None) -> Any:
-    """The model with adapters to train and everything else frozen (a `peft.PeftModel`).
-
-    The adapters' first values do not depend on the precision of the model.
-
-    Args:
-        of: the adapter folder that the settings come from; None where the user gives them.
+def _adapting(lora: LoRA) -> Callable[[Any, str | list[str]], Any]:
+    """What adds adapters to a model, given the names of the layers.
 
     Raises:
-        UserError: peft is not installed, or the model cannot be adapted like this.
+        UserError: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -98,6 +93,27 @@ def add_lora(model: Any, lora: LoRA, *, of: str | None = None) -> Any:
         with _float32_by_default():
             return get_peft_model(model, config)
 
+    return adapt
+
+
+def all_linear(model: Any, lora: LoRA) -> set[str]:
+    """The names of the layers that "all-linear" stands for in a model without adapters (a `PreTrainedModel`)."""
+    lora = replace(lora, target_modules=ALL_LINEAR)
+    return covered(model, choose(model, ALL_LINEAR, _adapting(lora), repr(lora)))
+
+
+def add_lora(model: Any, lora: LoRA, *, of: str | None = None) -> Any:
+    """The model with adapters to train and everything else frozen (a `peft.PeftModel`).
+
+    The adapters' first values do not depend on the precision of the model.
+
+    Args:
+        of: the adapter folder that the settings come from; None where the user gives them.
+
+    Raises:
+        UserError: peft is not installed, or the model cannot be adapted like this.
+    """
+    adapt = _adapting(lora)
     tied, choice = _is_tied(model), choose(model, lora.target_modules, adapt, repr(lora))
     try:
         adapted = adapt(model, choice.modules)

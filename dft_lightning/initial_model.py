@@ -4,14 +4,13 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from dft_lightning.adapter_folders import AdapterFolder, adapter_of, name_base
-from dft_lightning.adapter_names import of_adapter
-from dft_lightning.adapters import LoRA, add_lora, described
+from dft_lightning.adapters import LoRA, add_lora, all_linear, described
 from dft_lightning.embedding_rows import train_embeddings
 from dft_lightning.errors import UserError
 from dft_lightning.loading import load_model
+from dft_lightning.lora_targets import ALL_LINEAR, adapted_layers
 from dft_lightning.refusals import refuse_adapter_options
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
@@ -46,9 +45,10 @@ def build(module: "WeightedModule", *, empty: bool = False) -> Any:
     model = load_model(source, empty=empty)
     if folder is not None and module.adapter == "continue":
         assert module.lora is not None
+        asked = None if module.asked_lora is None else module.asked_lora.target_modules
+        wanted = all_linear(model, module.lora) if asked == ALL_LINEAR else set()
         model = folder.add_to(model, module.lora, empty=empty)
-        if module.asked_lora is not None and module.asked_lora.target_modules == "all-linear":
-            refuse_other_layers(folder, model)
+        refuse_other_layers(folder, model, wanted)
     else:
         if folder is not None and not empty:
             model = folder.merge_into(model).train()
@@ -91,20 +91,15 @@ def agreed(folder: AdapterFolder, given: LoRA | None) -> LoRA:
     return own
 
 
-def refuse_other_layers(folder: AdapterFolder, adapted: Any) -> None:
-    """Refuse an adapter that does not adapt all linear layers but the head, where "all-linear" was asked for."""
-    base = adapted.get_base_model()
-    head = base.get_output_embeddings()
-    inner = {id(part) for layer in base.modules() if hasattr(layer, "base_layer") for part in layer.modules()}
-    for name, layer in base.named_modules():
-        if isinstance(layer, nn.Linear) and layer is not head and id(layer) not in inner and not of_adapter(f"{name}."):
-            if ".original_module" in f".{name}":
-                continue
-            raise UserError(
-                f"model.lora.target_modules is 'all-linear', but the adapter {folder.name!r}, which model.adapter "
-                f"continue trains further, leaves {name} alone: leave model.lora out (its settings come from the "
-                "adapter), or take model.adapter merge, which trains a new adapter on the merged model"
-            )
+def refuse_other_layers(folder: AdapterFolder, adapted: Any, wanted: set[str]) -> None:
+    """Refuse an adapter that leaves out layers which "all-linear" stands for, where that was asked for."""
+    without = sorted(wanted - {name for name, _ in adapted_layers(adapted.get_base_model())})
+    if without:
+        raise UserError(
+            f"model.lora.target_modules is 'all-linear', but the adapter {folder.name!r}, which model.adapter "
+            f"continue trains further, leaves {without[0]} alone: leave model.lora out (its settings come from the "
+            "adapter), or take model.adapter merge, which trains a new adapter on the merged model"
+        )
 
 
 def _plain(value: Any) -> Any:

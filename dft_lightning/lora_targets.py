@@ -84,6 +84,11 @@ def _choose_of_all(model: Any, asked: str | list[str], attempt: Callable[[Any, s
     return Choice(together, left_out, everything=True)
 
 
+def covered(model: Any, choice: Choice) -> set[str]:
+    """The names of the layers that get an adapter where "all-linear" led to this choice."""
+    return set(_linear_layers(model)) - choice.left_out.keys()
+
+
 def report(adapted: Any, choice: Choice) -> Targets:
     """What has an adapter by now, and what has none and why.
 
