@@ -138,9 +138,8 @@ def test_muon_without_a_rest_is_torchs_own(model_dir):
 
 WRONG = [
     (partial(torch.optim.AdamW, lr=-1.0), r"model.optimizer.lr is -1.0"),
-    (partial(torch.optim.AdamW, lr=0.0), r"model.optimizer.lr is 0.0; expected a number above 0"),
-    (partial(torch.optim.SGD, lr=float("nan")), r"model.optimizer.lr is nan; expected a number above 0"),
-    (partial(torch.optim.SGD, lr=float("inf")), r"model.optimizer.lr is inf; expected a number above 0"),
+    (partial(torch.optim.SGD, lr=float("nan")), r"model.optimizer.lr is nan; expected a number of at least 0"),
+    (partial(torch.optim.SGD, lr=float("inf")), r"model.optimizer.lr is inf; expected a number of at least 0"),
     (partial(torch.optim.AdamW, betas=(2.0, 0.9)), r"model.optimizer.betas is \(2.0, 0.9\)"),
     (partial(torch.optim.AdamW, weight_decay=-0.1), r"model.optimizer.weight_decay is -0.1"),
     (partial(torch.optim.AdamW, eps=-1.0), r"model.optimizer.eps is -1.0"),
