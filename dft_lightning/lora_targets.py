@@ -192,7 +192,14 @@ def _sharing(layers: dict[str, Any]) -> Iterator[str]:
 
 @torch.no_grad()
 def _is_product(layer: Any) -> bool:
-    """Whether the layer is called as a linear one, and is one: tried with another, small weight."""
+    """Whether a linear layer is called as one, and is one: tried with another, small weight.
+
+    For embeddings and convolutions peft has adapters of their own kind.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return True
     owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
     known = owner.__module__.partition(".")[0] in _KNOWN_PLACES or owner.__module__ == "transformers.pytorch_utils"
     if owner is nn.Linear or known:
