@@ -19,8 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from dft_lightning.errors import UserError
 
 NAME = "varlen"
-#: Options of torch's kernel in the installed version: 2.10 has is_causal alone, 2.11 scale and window_size in its place,
-#: 2.12 enable_gqa as well.
+#: Options of torch's kernel in the installed version: 2.10 has is_causal alone, 2.11 scale and window_size in its
+#: place, 2.12 enable_gqa as well.
 _OPTIONS_OF_KERNEL = frozenset(inspect.signature(varlen_attn).parameters)
 
 

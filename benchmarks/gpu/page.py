@@ -1,6 +1,6 @@
 """The results as JSON and as a Markdown page."""
 
-import importlib
+import importlib.util
 import json
 import os
 import time
@@ -77,14 +77,14 @@ def _section(part: Any, result: dict[str, Any]) -> list[str]:
     if result["measurements"]:
         lines += ["", "| measured | value | bound | verdict | |", "|---|---|---|---|---|"]
         lines += [_row(one) for one in result["measurements"]]
-    if result["verdict"] in ("failed", "timed out") and result["last_lines"]:
+    if result["verdict"] in ("failed", "timed out", "interrupted") and result["last_lines"]:
         lines += ["", "The end of its output:", "", *(f"    {line}" for line in result["last_lines"][-15:])]
     return lines
 
 
 def _about(part: Any) -> str:
     """The docstring of the part's module, which says what is measured and where the bounds come from."""
-    module = importlib.util.find_spec(f"gpu.{part.name}")
+    module = importlib.util.find_spec(part.module)
     assert module is not None
     assert module.origin is not None
     text = Path(module.origin).read_text()

@@ -1,6 +1,6 @@
 """What a part measures, and the process that runs one.
 
-python -m gpu.part NAME MEASUREMENTS FOLDER [--dry_run]      (started by the runner)
+python -m gpu.part MODULE MEASUREMENTS FOLDER [--dry_run]      (started by the runner)
 """
 
 import argparse
@@ -98,7 +98,7 @@ def attempt(what: str, check: Callable[..., Iterable[Measurement]], *arguments: 
         yield Measurement(what, note=message[:300], status="error")
 
 
-def run(name: str, file: Path, setting: Setting) -> None:
+def run(module: str, file: Path, setting: Setting) -> None:
     """Write each measurement of a part as a line of JSON, as soon as it is there."""
     with file.open("w") as lines:
 
@@ -106,8 +106,8 @@ def run(name: str, file: Path, setting: Setting) -> None:
             lines.write(json.dumps(entry, allow_nan=False) + "\n")
             lines.flush()
 
-        part = importlib.import_module(f"gpu.{name}")
-        for measurement in attempt(name, part.run, setting):
+        part = importlib.import_module(module)
+        for measurement in attempt(module, part.run, setting):
             print(f"[{measurement.verdict}] {measurement.what}: {measurement.value} {measurement.note}", flush=True)
             write(measurement.as_json())
         write({DONE: True})
@@ -116,13 +116,15 @@ def run(name: str, file: Path, setting: Setting) -> None:
 def main() -> None:
     """One part in this process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("name")
+    parser.add_argument("module")
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dry_run", action="store_true")
     options = parser.parse_args()
-    run(options.name, options.file, Setting(options.folder, options.dry_run))
+    run(options.module, options.file, Setting(options.folder, options.dry_run))
 
 
 if __name__ == "__main__":
-    main()
+    from gpu import part
+
+    part.main()  # not this module's own: parts import their classes from `gpu.part`

@@ -27,13 +27,14 @@ class Recorder(pl.Callback):
             self.before = torch.cuda.memory_allocated()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The scale of the losses before the first step."""
-        self.initial_scale = _scale(trainer)
+        """The scale of the losses, and the step, from which this fit begins."""
+        self.initial_scale, self.seen = _scale(trainer), trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """After an optimizer step: what it logged, and in what precision its statistics are."""
-        if trainer.global_step <= len(self.steps):
+        if trainer.global_step == self.seen:  # within an accumulation
             return
+        self.seen = trainer.global_step
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         statistics = [value.dtype for value in pl_module.trained_on.tensors().values() if value.is_floating_point()]
         narrow = sum(torch.finfo(dtype).bits < 32 for dtype in statistics)

@@ -31,14 +31,15 @@ _LEAST_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Part:
-    """One part, which is the module `gpu.NAME`.
+    """One part: a module whose `run` yields measurements.
 
     Args:
-        name: of the module.
+        name: on the command line.
         title: on the page.
         seconds: that it may take on a GPU.
         environment: that its process gets beyond the runner's own.
         dry: the same for a dry run.
+        other_module: where it is, if not in `gpu.NAME`.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Part:
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
     dry: dict[str, str] = field(default_factory=dict)
+    other_module: str = ""
+
+    @property
+    def module(self) -> str:
+        """That has its `run`."""
+        return self.other_module or f"gpu.{self.name}"
 
 
 #: cuBLAS computes alike from run to run only with a fixed workspace, chosen before it starts.
@@ -126,10 +133,13 @@ class Runner:
             if found.get(part.name, {}).get("finished"):
                 print(f"{part.name}: {found[part.name]['verdict']} in an earlier run", flush=True)
                 continue
-            found[part.name] = self._part(part)
+            result = self._part(part)
+            if result["verdict"] != "not run" or part.name not in found:  # what an earlier run has of it is kept
+                found[part.name] = result
             page.write(self.options.out, self.name, self.results, self.parts)
-            result = found[part.name]
             print(f"{part.name}: {result['verdict']} {result['reason']} ({result['seconds']:.0f} s)", flush=True)
+            if result["verdict"] == "interrupted":
+                raise KeyboardInterrupt
         page.write(self.options.out, self.name, self.results, self.parts)
         return all(found[name]["verdict"] in ("passed", "skipped") for name in self.options.only)
 
@@ -143,21 +153,25 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="dft-gpu-", ignore_cleanup_errors=True) as made:
             folder, lines = Path(made) / "work", Path(made) / "measurements.jsonl"
             folder.mkdir()
-            command = [sys.executable, "-m", "gpu.part", part.name, str(lines), str(folder)]
+            command = [sys.executable, "-m", "gpu.part", part.module, str(lines), str(folder)]
             command += ["--dry_run"] * self.options.dry_run
             start = self._mark(part, limit)
-            reason, finished = "", False
-            try:
-                exit_code = process.run(command, limit, self.log, self._environment(part, folder))
-                finished = exit_code == 0
-                reason = "" if finished else f"its process ended with {exit_code}"
-                verdict = "" if finished else "failed"
-            except process.TimedOutError:
-                verdict, reason = "timed out", f"killed after {limit:.0f} s"
+            verdict, reason = self._end_of(command, limit, self._environment(part, folder))
             measured, done = _read(lines)
+        finished = done and not verdict
         verdict = verdict or (_verdict_of(measured) if done else "failed")
         last = _last_lines(self.log, start)
-        return _result(verdict, reason, measured, began, time.monotonic() - clock, finished and done, last)
+        return _result(verdict, reason, measured, began, time.monotonic() - clock, finished, last)
+
+    def _end_of(self, command: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
+        """How a part's process has ended: a verdict and its reason, or nothing where it came to its end."""
+        try:
+            exit_code = process.run(command, limit, self.log, environment)
+        except process.TimedOutError:
+            return "timed out", f"killed after {limit:.0f} s"
+        except KeyboardInterrupt:
+            return "interrupted", "by Ctrl-C or SIGTERM"
+        return ("failed", f"its process ended with {exit_code}") if exit_code else ("", "")
 
     def _mark(self, part: Part, limit: float) -> int:
         """A heading in the log; where the part's own output begins."""
@@ -251,7 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             passed = runner.run()
         except KeyboardInterrupt:
-            page.write(options.out, runner.name, runner.results, PARTS)
             print(f"interrupted; what is there is in {options.out}", file=sys.stderr)
             return 130
     print(f"results: {options.out / runner.name}.md", flush=True)
