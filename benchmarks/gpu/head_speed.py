@@ -40,6 +40,8 @@ def timed(name: str, options: argparse.Namespace, found: Found) -> Iterator[Meas
         one = found[name] = loss_head.measure(name, options)
     except (ImportError, AttributeError) as error:
         raise SkippedError(f"not here: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SkippedError("the GPU has not enough memory") from error
     unit = f"{one['own_s'] * 1e3:.2f} ms"
     memory = f", {one['bytes'] / 2**20:,.0f} MiB" if options.device == "cuda" else ""
     yield Measurement(f"{options.shape}: {name}, time over that of its products", one["time"], note=unit + memory)

@@ -44,7 +44,8 @@ def same_gradients(setting: Setting) -> Iterator[Measurement]:
 def short_fit(setting: Setting) -> Iterator[Measurement]:
     """By the command line."""
     model = models.save(setting.folder / "base", models.TINY)
-    options = ["--model.quantization", "nf4", "--model.lora.rank", 8, "--trainer.precision", "bf16-true"]
+    options = ["--model.quantization", "nf4", "--model.lora.rank", 8, "--model.optimizer.lr", 0.02]
+    options += ["--trainer.precision", "bf16-true"]
     record = fit(setting, model, "qlora", 10, *options)
     yield from judged("bf16-true", record)
     if record["peak"] is not None:

@@ -37,8 +37,8 @@ def run(setting: Setting) -> Iterator[Measurement]:
 
 def timed(name: str, options: argparse.Namespace) -> Iterator[Measurement]:
     """One case."""
+    torch.compiler.reset()  # what is compiled holds the former model
     gc.collect()
-    torch.compiler.reset()
     if options.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
