@@ -233,9 +233,7 @@ def _in_child(folder: Path, tests: list[str], log: Path) -> None:
 def copy_of_the_tree(parent: Path) -> Path:
     """A copy that a mutant may change; data next to the repository are next to it too."""
     folder = parent / "repository"
-    for name in (PACKAGE, "tests", "configs", "benchmarks"):
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns("__pycache__", ".*", "runs", "*.egg-info"))
     shared = REPOSITORY.parent / "shared"
     if shared.exists():
         (parent / "shared").symlink_to(shared.resolve())
