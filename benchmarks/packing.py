@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dft_lightning.data import NuminaMathDataModule
-from dft_lightning.models import ModelSource, WeightedLM, load_model, load_tokenizer
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer
+from dft_lightning.models import WeightedLM
 from dft_lightning.weighting import DFT
 
 LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [

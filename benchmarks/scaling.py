@@ -29,8 +29,8 @@ from dft_lightning.data import NuminaMathDataModule
 from dft_lightning.data.packing import Packed
 from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.embedded import NAME
+from dft_lightning.loading import ModelSource, load_tokenizer
 from dft_lightning.logprob import weighted_nll
-from dft_lightning.models import ModelSource, load_tokenizer
 from dft_lightning.weighting import DFT
 
 WIDTH = 576  # hidden size of SmolLM2-135M

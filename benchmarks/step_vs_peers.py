@@ -36,7 +36,7 @@ import torch
 from dft_lightning.data import NuminaMathDataModule
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.embedded import NAME, embedded_model
-from dft_lightning.models import ModelSource, load_tokenizer
+from dft_lightning.loading import ModelSource, load_tokenizer
 
 HERE = Path(__file__).parent
 WEIGHTING = {"dft": "DFT", "nll": "Uniform"}

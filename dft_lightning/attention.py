@@ -6,6 +6,8 @@ Kernels for sequences of varying length are told the borders as well, and take a
 Shapes: B rows of T positions, D documents, H hidden size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +15,13 @@ import torch
 from torch import Tensor
 
 from dft_lightning.errors import UserError
+from dft_lightning.router_loss import recording
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
 
 #: What is in the name of an implementation that is told where documents begin.
 _TOLD = ("flash", "varlen")
-_KNOWN = ("varlen", "sdpa", "eager", "flash_attention_2")
 #: Lengths of the documents that the proof packs: shorter and longer than a tiny sliding window, and one token.
 _PROOF = (7, 1, 12, 5)
 
@@ -46,41 +48,69 @@ def inputs(batch: "Batch", implementation: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_borders(decoder: Any, vocabulary: int) -> None:
-    """Prove on this very model that packed documents get the hidden states that each has alone, padding included.
+def apart(decoder: Any, vocabulary: int) -> float:
+    """How far the hidden states of packed documents are from those that each has alone, padding included.
 
-    The bound is a relative L2 distance of √eps for each document: geometric middle between rounding, some eps, and a
-    document that sees another, which changes by its own size.
-
-    Raises:
-        UserError: they do not, so packing would change what is learnt.
+    The largest relative L2 distance of a document; see `bound`.
     """
     from dft_lightning.data.batch import Collator
 
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(vocabulary, (length,), generator=generator).numpy() for length in _PROOF]
+    documents = [document.numpy() for document in _documents(vocabulary)]
     rows = [{"row": 0, "input_ids": ids, "supervised": np.ones(len(ids), dtype=bool)} for ids in documents]
     width = sum(_PROOF[:3]) + 2
     batch = Collator(packed=True, width=width)([rows[:3], rows[3:]])
+    with _evaluated(decoder):
+        packed = _states(decoder, batch)
+        alone = [_states(decoder, Collator()([[row]])) for row in rows]
+    starts = (0, _PROOF[0], _PROOF[0] + _PROOF[1], width)
+    return max(distance(packed[start : start + len(truth)], truth) for start, truth in zip(starts, alone, strict=True))
+
+
+@torch.no_grad()
+def foresight(decoder: Any, vocabulary: int) -> float:
+    """How far hidden states move when a later token changes, as a relative L2 distance; see `bound`."""
+    first, second = (states_alone(decoder, vocabulary, last=last)[:-1] for last in (0, 1))
+    return distance(second, first)
+
+
+@torch.no_grad()
+def states_alone(decoder: Any, vocabulary: int, *, last: int = 0) -> Tensor:
+    """Hidden states (T, H) of one document whose last token is another for each `last`."""
+    longest = max(_documents(vocabulary), key=len)[None].to(decoder.device)
+    longest[0, -1] = last
+    with _evaluated(decoder):
+        states: Tensor = decoder(input_ids=longest, use_cache=False).last_hidden_state
+    return states[0].double()
+
+
+def bound(decoder: Any) -> float:
+    """What distance is rounding: √eps.
+
+    It is the geometric middle between some eps, and a document or a token that sees another, which changes by its own
+    size.
+    """
+    return float(_eps(decoder) ** 0.5)
+
+
+def _documents(vocabulary: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=generator) for length in _PROOF]
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """Relative L2 distance; infinite where it is not a number."""
+    off = float((found - truth).norm() / truth.norm())
+    return off if off == off else float("inf")
+
+
+@contextmanager
+def _evaluated(decoder: Any) -> Iterator[None]:
     training = decoder.training
     decoder.eval()
     try:
-        packed = _states(decoder, batch)
-        alone = [_states(decoder, Collator()([[row]])) for row in rows]
+        yield
     finally:
         decoder.train(training)
-    starts = (0, _PROOF[0], _PROOF[0] + _PROOF[1], width)
-    apart = max(
-        float((packed[start : start + len(truth)] - truth).norm() / truth.norm())
-        for start, truth in zip(starts, alone, strict=True)
-    )
-    if not apart <= _eps(decoder) ** 0.5:
-        raise UserError(
-            f"data.packing: attention {implementation_of(decoder)!r} of {type(decoder).__name__} lets packed sequences "
-            f"see each other (their hidden states are off by {apart:.1%}): set --model.attn_implementation to "
-            f"another of {', '.join(name for name in _KNOWN if name != implementation_of(decoder))}, or --data.packing "
-            "to false"
-        )
 
 
 def _eps(decoder: Any) -> float:
@@ -108,5 +138,5 @@ def implementation_of(decoder: Any) -> str:
 def _states(decoder: Any, batch: "Batch") -> Tensor:
     """Hidden states (B·T, H)."""
     batch = batch.to(decoder.device)
-    states: Tensor = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state
+    states: Tensor = decoder(**inputs(batch, implementation_of(decoder)), **recording(decoder)).last_hidden_state
     return states.flatten(0, 1).double()

@@ -4,6 +4,7 @@ Everything of a run is in `run_dir`: the configuration as run, TensorBoard's eve
 Starting the same command again goes on there.
 """
 
+import json
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -31,17 +33,24 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.callbacks.lightnings import fit_callbacks, has_progress_bar, options_for, write_enums
+from dft_lightning.checkpointing import skeleton
 from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.optimizer_options import with_own_options
 from dft_lightning.parser import Parser
+from dft_lightning.precision import refuse_precision, refuse_precision_name
+from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
-from dft_lightning.resume import Change, identity_by_options, refuse
+from dft_lightning.resume import CHECKPOINT_KEY, Change, identity_by_options, refuse
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
+from dft_lightning.seeds import data_seed, drawn, resumed
+from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
 from dft_lightning.weighting.plugins import load_plugins
@@ -88,6 +97,21 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(RollCall, "roll_call")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Also draw a seed, where one is to be drawn."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self._seed_asked = config.seed_everything
+        config.seed_everything = drawn(self._seed_asked)
+
+    def _seeds_of_checkpoint(self, config: Any) -> None:
+        """What was drawn by a seed when the run began is drawn by it still."""
+        facts = skeleton(Path(config.ckpt_path)).get(CHECKPOINT_KEY, {})
+        config.seed_everything = resumed(self._seed_asked, config.seed_everything, facts)
+        options = config.data.get("init_args", {})
+        if "seed" in options:
+            options["seed"] = data_seed(options["seed"], facts)
+
     def _parse_ckpt_path(self) -> None:
         """Not as in Lightning, where a checkpoint's options replace those that the user gives."""
 
@@ -102,6 +126,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if isinstance(config.trainer.strategy, str):
             refuse_name(config.trainer.strategy)
+        refuse_precision_name(self._precision, config.trainer.accelerator)
         asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
         if fit and is_started_again(self.run_dir):
             config.overwrite = False
@@ -112,6 +137,7 @@ class CommandLine(LightningCLI):
             refuse_own(config.ckpt_path, self.run_dir)
         if config.ckpt_path is not None:
             self._stored, self._step = read_checkpoint(config.ckpt_path, self.subcommand)
+            self._seeds_of_checkpoint(config)
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
 
@@ -126,6 +152,13 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """A run goes on in its folder as what it was, unless the user asks for something else."""
+        sharded = isinstance(getattr(self.trainer, "strategy", None), FSDP2Strategy)
+        fit_callbacks(self._get(self.config_init, "trainer")["callbacks"], sharded)
+        if self.trainer is not None:
+            training = self.subcommand == "fit"
+            refuse_combinations(self.model, self.trainer, self.datamodule, training=training)
+        _ = self.model.adapter_folder  # what model_name stands for is read here, before anything heavy
+        refuse_precision(self.model, self._precision)
         if not self._stored:
             return
         now = identity_by_options(self.model.hparams)
@@ -133,6 +166,12 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":  # another weighting may look at the model, but its tensors have to fit
             now = {"lora": now["lora"]}
         refuse(identity_by_options(self._stored), now, self.model.allow_changes)
+
+    @property
+    def _precision(self) -> str:
+        """`trainer.precision`, in full."""
+        given = self.config[self.subcommand].trainer.precision
+        return str(_convert_precision_to_unified_args(given) or "32-true")
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
@@ -146,12 +185,13 @@ class CommandLine(LightningCLI):
         given = self._get(self.config_init, "trainer")
         fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption()]
         own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
-        if given["enable_progress_bar"] is not False:
-            own.append(Progress())
         if given["logger"] in (None, True):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
         if given["callbacks"] is not None:
             own += given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
+            kwargs |= options_for(given["callbacks"])
+        if given["enable_progress_bar"] is not False and not has_progress_bar(own):
+            own.append(Progress())
         trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), callbacks=own, **kwargs)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # progress shows what the others log, and the configuration is there for those that look at it
@@ -182,6 +222,8 @@ class InsteadOfTraining(CommandLine):
 def _root(error: BaseException) -> BaseException:
     """Where a chain of errors began: jsonargparse wraps a constructor's error in some of its own."""
     while (earlier := error.__cause__ or error.__context__) is not None and isinstance(earlier, ValueError):
+        if isinstance(error, UserError):  # it says more than what it was made of
+            break
         error = earlier
     return error
 
@@ -191,10 +233,11 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     _quieten()
     load_plugins()
+    write_enums()
     meet_anew()
-    given = _with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)])
-    Parser.given = given
     try:
+        given = with_own_options(_with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)]))
+        Parser.given = given
         command_line(
             FineTuner,
             ChatDataModule,
@@ -223,14 +266,16 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     return 0
 
 
+#: What the strategy's short name stands for: its class, whose settings are merged with those of configuration files.
+_FSDP2 = json.dumps({"class_path": "dft_lightning.sharding.FSDP2Strategy"})
+
+
 def _with_settings_of_fsdp2(args: list[str]) -> list[str]:
-    """A strategy's short name takes no settings of its own; its class does."""
-    has_settings = any(word.startswith("--trainer.strategy.") for word in args)
-    pairs = {"--trainer.strategy=fsdp2": "--trainer.strategy=FSDP2Strategy"} if has_settings else {}
-    found = [pairs.get(word, word) for word in args]
+    """A strategy's short name has no settings, and would replace those of a configuration file; its class has them."""
+    found = [f"--trainer.strategy={_FSDP2}" if word == "--trainer.strategy=fsdp2" else word for word in args]
     for place in range(1, len(found)):
-        if has_settings and found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
-            found[place] = "FSDP2Strategy"
+        if found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
+            found[place] = _FSDP2
     return found
 
 

@@ -4,6 +4,7 @@ All layers share what is compiled, so that it takes seconds and not minutes. Onl
 compiled: validation has other shapes. The loss and the embedding stay outside.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dft_lightning.decoder import layers_of
 from dft_lightning.errors import UserError
-from dft_lightning.recomputation import layers_of
 from dft_lightning.weighting import Uniform
 
 if TYPE_CHECKING:
@@ -26,22 +27,37 @@ _OPTIONS: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": {"fa
 
 def refuse_changing_shapes(data: Any) -> None:
     """Batches of one shape come from a `ChatDataModule` that packs rows."""
-    if getattr(getattr(data, "options", None), "packing", None) is not True:
-        raise UserError("model.compile needs batches of one shape: set --data.packing true")
+    packing = getattr(getattr(data, "options", None), "packing", None)
+    if packing is not True:
+        raise UserError(
+            f"model.compile needs batches of one shape, and data.packing is {packing}: set --data.packing true"
+        )
 
 
 def compile_layers(decoder: nn.Module) -> None:
-    """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step."""
+    """Let each layer of a transformers decoder run compiled while it trains; call `rehearse` before the first step.
+
+    What was compiled for an earlier model of this process is forgotten: layers of all models share one function, whose
+    variants torch limits to eight.
+    """
+    torch.compiler.reset()
     for layer in layers_of(decoder):
-        layer.forward = _chosen(layer, layer.forward, torch.compile(layer.forward, **_OPTIONS))
+        layer.forward = _Chosen(layer, layer.forward).run
 
 
-def _chosen(layer: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = compiled if layer.training and torch.is_grad_enabled() else plain
+class _Chosen:
+    """A layer's forward, compiled while it trains. A deep copy of the layer has one of its own, not the original's."""
+
+    def __init__(self, layer: nn.Module, plain: Callable[..., Any]) -> None:
+        self.layer, self.plain = layer, plain
+        self.compiled = torch.compile(plain, **_OPTIONS)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self.compiled if self.layer.training and torch.is_grad_enabled() else self.plain
         return chosen(*args, **kwargs)
 
-    return run
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Chosen":
+        return _Chosen(copy.deepcopy(self.layer, memo), copy.deepcopy(self.plain, memo))
 
 
 def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextManager[Any]) -> None:
@@ -65,5 +81,5 @@ def rehearse(network: "WeightedLM", batch: "Batch", precision: AbstractContextMa
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile: the layers of {type(network.base).__name__} cannot be compiled here: {reason} — set "
-            "--model.compile false, or another --model.attn_implementation or --trainer.precision"
+            "--model.compile false"
         ) from error

@@ -17,7 +17,8 @@ from dft_lightning.data import PracticeDataModule
 from dft_lightning.errors import UserError
 from dft_lightning.evaluation.generation import generate
 from dft_lightning.evaluation.grading import Accuracy, boxed_answer, exact_match
-from dft_lightning.models import ModelSource, WeightedLM, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import WeightedLM
 from dft_lightning.module import FineTuner
 from dft_lightning.weighting import Uniform
 

@@ -1,115 +1,34 @@
-"""Loading a causal language model and its tokenizer, and splitting it into backbone and head.
+"""A causal language model, split into backbone and head, whose forward is the weighted loss.
 
 Shapes: B rows of T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dft_lightning import embedded, varlen
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.adapters import LoRA as LoRA
 from dft_lightning.adapters import add_lora as add_lora
-from dft_lightning.attention import check_borders, implementation_of, inputs
+from dft_lightning.adapters import in_force
+from dft_lightning.attention import implementation_of, inputs
+from dft_lightning.attention_choice import check_causal
 from dft_lightning.data.batch import Batch
 from dft_lightning.errors import UserError
-from dft_lightning.logits import splits
+from dft_lightning.logits import logit_transform, splits
 from dft_lightning.logprob import LogitTransform, ReferenceHead, weighted_nll
-from dft_lightning.quantization import Quantization, leave_out_of_states, loading_options, make_exact
+from dft_lightning.model_checks import ModelChecks
+from dft_lightning.own_loss import OwnLoss, own_loss
+from dft_lightning.quantization import leave_out_of_states
+from dft_lightning.router_loss import RouterLoss, recording
 from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
-
-
-@dataclass
-class ModelSource:
-    """Where a model comes from and how it is held; see `FineTuner` for the meaning of each."""
-
-    name: str
-    dtype: torch.dtype = torch.float32
-    attn_implementation: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    quantization: Quantization | None = None
-    compute: torch.dtype = torch.float32
-    """In what the products with quantized weights are computed."""
-
-    def path(self) -> str:
-        """A folder or a hub name; the embedded model is converted here, on its first use."""
-        return str(embedded.embedded_model()) if self.name == embedded.NAME else self.name
-
-
-@contextmanager
-def loading(what: str, source: ModelSource) -> Iterator[None]:
-    """One clear line in place of what transformers, safetensors or the hub say."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # transformers, safetensors, tokenizers and the hub share no class of error
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot load the {what} of model {source.name!r}: {reason[:300]} — give --model.model_name a local folder "
-            f"with config.json, weights and tokenizer, a name on the hub (with network), or {embedded.NAME!r}"
-        ) from error
-
-
-def load_model(source: ModelSource, *, empty: bool = False) -> Any:
-    """The causal language model (a `PreTrainedModel`), in training mode.
-
-    Args:
-        empty: without reading weights: to be called with the meta device as torch's own, it is a shape alone.
-
-    Raises:
-        UserError: it cannot be found or read, or does not know the attention implementation.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    varlen.register()
-    auto: Any = AutoModelForCausalLM
-
-    place: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    kind: dict[str, Any] = {"dtype": source.dtype, "attn_implementation": source.attn_implementation}
-    packed = {} if source.quantization is None else loading_options(source.quantization, source.compute)
-    with loading("weights", source):
-        model: Any
-        if empty:
-            config = AutoConfig.from_pretrained(source.path(), **place)
-            model = auto.from_config(config, trust_remote_code=source.trust_remote_code, **kind)
-        else:
-            model = auto.from_pretrained(source.path(), **kind, **place, **packed)
-            make_exact(model)
-    return model.train()  # from_pretrained gives evaluation mode, which would switch off dropout and recomputation
-
-
-def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer, with another chat template where one is given (a shipped name or a file).
-
-    Raises:
-        UserError: it cannot be found or read, or the template is unknown.
-    """
-    from transformers import AutoTokenizer
-
-    from dft_lightning.data.rendering import load_chat_template
-
-    with loading("tokenizer", source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    if chat_template is not None:
-        tokenizer.chat_template = load_chat_template(chat_template)
-    return tokenizer
-
-
-class WeightedLM(nn.Module):
+class WeightedLM(ModelChecks):
     """A causal language model whose forward is the weighted loss: the one module that may be a sharded model's root.
 
     Args:
@@ -124,25 +43,32 @@ class WeightedLM(nn.Module):
         self.model = model
         self.observer: Callable[[Batch, Tensor, Tensor, LogitTransform], None] | None = None
         """Shown each batch that is scored, its hidden states (N, H), head and transform, within `forward`."""
-        self._transform = _logit_transform(self.base.config)
+        self._transform = logit_transform(self.base.config)
         self._check_head()
         if self._is_packed:
             leave_out_of_states(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightedLM":
-        """Move or cast the parameters, but keep the precision of buffers.
+        """Move or cast the parameters, but keep the precision of buffers and adapters.
 
-        A half-precision run casts the whole module, and rotary frequencies rounded to bfloat16 are wrong positions.
+        A half-precision run casts the whole module, and rotary frequencies rounded to bfloat16 are wrong positions, and
+        most updates of an adapter in bfloat16 are lost. Adapters have the precision that their options say.
         """
-        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            owner, _, own = name.rpartition(".")
-            module = self.get_submodule(owner)
-            now = self.get_buffer(name)
-            if now.is_meta or not buffer.is_meta:  # else it has just been given its memory
-                module._buffers[own] = buffer.to(now.device)
+        kept = self._of_own_precision()
+
+        def moved(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return tensor.to(applied.device) if id(tensor) in kept and applied.dtype != tensor.dtype else applied
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _of_own_precision(self) -> dict[int, Tensor]:
+        """Buffers, adapters and the adapters' gradients, by identity."""
+        adapters = [parameter for name, parameter in self.named_parameters() if of_adapter(name)]
+        gradients = [parameter.grad for parameter in adapters if parameter.grad is not None]
+        found: list[Tensor] = [*self.buffers(), *adapters, *gradients]
+        return {id(tensor): tensor for tensor in found if tensor.is_floating_point()}
 
     @property
     def base(self) -> Any:
@@ -151,8 +77,14 @@ class WeightedLM(nn.Module):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether LoRA is in place, and with it a reference that costs no memory: the model with the adapter off."""
+        """Whether LoRA is in place, which can be switched off."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that gives the logits; of one that is trained in full next to adapters, what is in force."""
+        found: nn.Linear = in_force(self.base.get_output_embeddings())
+        return found
 
     @property
     def _is_packed(self) -> bool:
@@ -179,16 +111,17 @@ class WeightedLM(nn.Module):
         chunk_rows: int | None = None,
         logits: torch.dtype | None = None,
         reference: ReferenceHead | None = None,
+        router: RouterLoss | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """Σ sg(w)·n·(−log π) over the batch's supervised tokens, and their statistics; see `weighted_nll`.
 
-        `wanted` may name "stop" and "data_weight", too, which come from the batch.
+        `wanted` may name "stop" and "data_weight", too, which come from the batch. `router` records the routing.
         """
-        head = self.base.get_output_embeddings()
+        head = self.head
         brought: dict[str, Any] = {"position": batch.position, "ref_logp": ref_logp, "old_logp": old_logp}
         asked = weighting.needs | set(wanted)
         brought |= {name: getattr(batch, name) for name in ("stop", "data_weight") if name in asked}
-        hidden = self.hidden(batch)
+        hidden = self.hidden(batch, router)
         if self.observer is not None:
             self.observer(batch, hidden.detach(), head.weight, self._transform_of(head))
         return weighted_nll(
@@ -212,10 +145,14 @@ class WeightedLM(nn.Module):
     def _transform_of(self, head: nn.Linear) -> LogitTransform:
         return LogitTransform(head.bias, self._transform.scale, self._transform.softcap)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, router: RouterLoss | None = None) -> Tensor:
         """Last hidden states (N, H) at the positions whose next token is supervised."""
-        decoder = self.base.get_decoder()
-        states = decoder(**inputs(batch, implementation_of(decoder))).last_hidden_state  # (B, T, H)
+        decoder = self.decoder
+        given = inputs(batch, implementation_of(decoder)) | recording(decoder, router is not None)
+        output = decoder(**given)
+        if router is not None:
+            router.record(output.router_logits, batch)
+        states = output.last_hidden_state  # (B, T, H)
         flat: Tensor = states.flatten(0, 1).index_select(0, batch.supervised)
         return flat
 
@@ -230,11 +167,10 @@ class WeightedLM(nn.Module):
             return self.forward(batch, Uniform(), **head_options)[1].logp
 
     @torch.no_grad()
-    def reference(self, batch: Batch) -> ReferenceHead:
-        """What gives the distributions at the supervised positions, in evaluation mode and without the adapter."""
-        head = self.base.get_output_embeddings()
-        with self._evaluating(adapter=False):
-            return ReferenceHead(self.hidden(batch), head.weight, self._transform_of(head))
+    def reference(self, batch: Batch, *, adapter: bool = False) -> ReferenceHead:
+        """What gives the distributions at the supervised positions, in evaluation mode; with the adapter if asked."""
+        with self._evaluating(adapter):
+            return ReferenceHead(self.hidden(batch), self.head.weight, self._transform_of(self.head))
 
     @contextmanager
     def _evaluating(self, adapter: bool) -> Iterator[None]:
@@ -247,28 +183,29 @@ class WeightedLM(nn.Module):
         finally:
             self.train(training)
 
-    def check_borders(self) -> None:
-        """Prove that packed sequences do not see each other; a `UserError` where they do."""
-        check_borders(self.base.get_decoder(), self.base.get_output_embeddings().weight.shape[0])
+    def own_loss(self, router_logits: bool) -> OwnLoss:
+        """What the model itself makes of some tokens as its loss; see `loss_terms`."""
+        return own_loss(self.base, router_logits)
 
     def _check_head(self) -> None:
-        head = self.base.get_output_embeddings()
+        head = self.head
         kind = type(self.base).__name__
+        if hasattr(head, "base_layer"):
+            raise UserError(
+                f"LoRA would adapt the output head of {kind}, whose weight the loss reads as one: leave the head "
+                "(lm_head) out of --model.lora.target_modules; untied, it can be trained in full by "
+                "--model.lora.modules_to_save"
+            )
         if type(head) is not nn.Linear:
             raise UserError(
                 f"the output head of {kind} is a {type(head).__name__}; a plain linear layer was expected. With LoRA, "
                 "leave the head (lm_head) out of --model.lora.target_modules"
             )
-        if self.base.device.type != "meta" and not splits(self, head):
+        if self.base.device.type == "meta":
+            return
+        check_causal(self.base, self.vocabulary)
+        if not splits(self, head):
             raise UserError(
                 f"{kind} does something to its logits beyond head bias, logit scale and soft-cap, so its "
                 "log-probabilities would be wrong here: this model is not supported"
             )
-
-
-def _logit_transform(config: Any) -> LogitTransform:
-    """What the model's family does to its logits, by its configuration (the bias is read from the head itself)."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    return LogitTransform(None, float(scale), getattr(text, "final_logit_softcapping", None))

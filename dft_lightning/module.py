@@ -1,6 +1,5 @@
 """`FineTuner`: one training step, whatever a token is worth."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,18 +11,29 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.adapter_folders import Adapter
 from dft_lightning.adapters import prepare_adapters
+from dft_lightning.averaging import keep_averages, take_current
 from dft_lightning.compilation import compile_layers, refuse_changing_shapes, rehearse
 from dft_lightning.data_weights import check_data_weights
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, Precision
+from dft_lightning.freezing import freezing_of
+from dft_lightning.initial_model import Reference
+from dft_lightning.loading import ModelSource, Precision
+from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, prepare_loss_terms
+from dft_lightning.models import LoRA
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
-from dft_lightning.optimization import papers_adamw, restore_settings, schedule, settings
+from dft_lightning.optimization import configured, papers_adamw, put_in_force
+from dft_lightning.optimizers import MuonAdamW, Optimization
+from dft_lightning.parameter_groups import Exempt
+from dft_lightning.prepass import Prepass, prepass, refuse_without_steps, router_share
 from dft_lightning.quantization import Quantization
 from dft_lightning.recomputation import Recomputation, recompute
-from dft_lightning.refusals import refuse, refuse_fused_scaling, refuse_parts
-from dft_lightning.scoring import Reference, WeightedModule
+from dft_lightning.refusals import refuse
+from dft_lightning.row_limits import check_limits
+from dft_lightning.scoring import WeightedModule
+from dft_lightning.seeds import run_seed, seeded
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
 from dft_lightning.weighting.spec import from_spec, to_spec
@@ -41,9 +51,15 @@ class FineTuner(WeightedModule):
         weighting: what each token is worth: Uniform (SFT), DFT, another of `dft weightings`, or a class of your own.
         normalize: divide a step's loss by its supervised tokens, its sequences, or as the DFT paper's code does, by
             micro-batches (the gradient then depends on the micro-batch size).
-        optimizer: any torch optimizer; the default is the DFT paper's.
+        optimizer: any optimizer class; a bare name is torch's. The default is the DFT paper's AdamW; another class has
+            its own defaults. Muon takes matrices; embeddings, output head, norms and biases then get AdamW.
+        muon_adamw: with Muon, AdamW's settings for what is not a matrix, e.g. --model.muon_adamw.lr 1e-4.
+        weight_decay_exempt: kinds of parameters without weight decay, of norm, bias, embedding; by default none.
         lr_schedule: name of a schedule of transformers: cosine, linear, constant_with_warmup, …
-        warmup_ratio: share of the steps over which the learning rate rises from 0.
+        lr_schedule_kwargs: further arguments of the schedule, e.g. '{min_lr_rate: 0.1}' for cosine_with_min_lr.
+        warmup_ratio: share of the steps over which the learning rate rises from 0; the schedule constant has none.
+        freeze: patterns of names of parameters that are not trained, e.g. '["model.embed_tokens.*"]'.
+        train_only: patterns of names of the parameters that alone are trained.
         dtype: of the weights; auto means that of trainer.precision where it ends in "-true", else float32.
         attn_implementation: sdpa, eager, varlen (ours, for packed rows), flash_attention_2, …; by default what
             transformers chooses.
@@ -51,18 +67,28 @@ class FineTuner(WeightedModule):
             matrix products and attention; full: whole layers, up to a third more time; auto: the least that fits.
         compile: compile the decoder's layers; rows have to be packed (data.packing true), so that shapes are fixed.
         lora: train low-rank adapters instead of all weights, e.g. --model.lora.rank 8.
+        adapter: where model_name is a LoRA adapter (folder or hub). continue: train it further, with its own settings;
+            merge: merge it into its base model first, and train that, or a new adapter on it if lora is set.
         quantization: hold what is not trained in 4 bits ("nf4"), under LoRA alone; needs bitsandbytes.
         reference: what a weighting compares with, the initial model: a cache on disk of its log-probabilities, computed
-            once; the model with its adapter off; or a frozen copy in memory. auto takes the adapter where there is one,
-            else the cache, or the copy where distributions over the vocabulary are wanted.
+            once; the model with its adapter off; or a frozen copy in memory. auto takes a new adapter if there is one,
+            else (as with adapter continue) the cache, or the copy where distributions over the vocabulary are wanted.
         tokenizer_name: where the tokenizer comes from, if not from the model.
         chat_template: replaces the tokenizer's: llama3, deepseek_math, chatml, or a .jinja file.
         chunk_rows: tokens whose logits the loss holds at a time; by default as many as fit 200 MiB (CPU), 2 GiB (GPU).
         logits: in what the loss holds logits before the softmax, which is computed in float32 either way. bfloat16, for
             bfloat16 products, is faster on a CPU, and as exact as plain bfloat16 training.
+        router_loss: coefficient of a mixture of experts' load-balancing loss. auto: the model configuration's
+            router_aux_loss_coef if output_router_logits is true there, else none. none: no such loss.
+        unsupported_losses: refuse, or ignore, other loss terms that the model's configuration asks for: z-loss,
+            multi-token prediction, …; what is ignored is printed.
         max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model; only for sources you trust.
+        allow_missing: names or glob patterns of weights that may be missing from the model's checkpoint or have another
+            shape there (they are initialised from the seed), or that the model does not use, e.g. '["lm_head.weight"]'.
+        resize_embeddings: enlarge the embedding and the output head where the tokenizer has more tokens than they have
+            rows; a number rounds the rows up to a multiple of it. All new rows are trained, with LoRA too.
     """
 
     def __init__(
@@ -71,37 +97,51 @@ class FineTuner(WeightedModule):
         weighting: TokenWeighting,
         normalize: Normalize = "tokens",
         optimizer: OptimizerCallable = papers_adamw,
+        muon_adamw: MuonAdamW | None = None,
+        weight_decay_exempt: list[Exempt] | None = None,
         lr_schedule: str = "cosine",
+        lr_schedule_kwargs: dict[str, Any] | None = None,
         warmup_ratio: float = 0.1,
+        freeze: list[str] | None = None,
+        train_only: list[str] | None = None,
         dtype: Precision = "auto",
         attn_implementation: str | None = None,
         activation_checkpointing: Recomputation | Literal["auto"] = "none",
         compile: bool = False,
         lora: LoRA | None = None,
+        adapter: Adapter | None = None,
         quantization: Quantization | None = None,
         reference: Reference = "auto",
         tokenizer_name: str | None = None,
         chat_template: str | None = None,
         chunk_rows: int | None = None,
         logits: Literal["float32", "bfloat16"] = "float32",
+        router_loss: RouterOption = "auto",
+        unsupported_losses: UnsupportedLosses = "refuse",
         max_skipped_steps: int = 20,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        allow_missing: list[str] | None = None,
+        resize_embeddings: bool | int = False,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in {"self", "optimizer", "__class__"}}
         super().__init__()
         # A checkpoint holds plain data, and is loaded without pickle: a weighting and LoRA come back as dictionaries.
         self.weighting = _revived(weighting, from_spec)
         self.lora = _revived(lora, lambda fields: LoRA(**fields))
-        self.save_hyperparameters(
-            given | {"weighting": to_spec(self.weighting), "lora": asdict(self.lora) if self.lora else None}
-        )
-        self.optimizer, self.lr_schedule, self.warmup_ratio = optimizer, lr_schedule, warmup_ratio
+        muon_adamw = _revived(muon_adamw, lambda fields: MuonAdamW(**fields))
+        given |= {"lora": self.lora and asdict(self.lora), "muon_adamw": muon_adamw and asdict(muon_adamw)}
+        self.save_hyperparameters(given | {"weighting": to_spec(self.weighting)})
+        self.optimization = Optimization(optimizer, muon_adamw, tuple(weight_decay_exempt or ()))
+        self.lr_schedule, self.lr_schedule_kwargs, self.warmup_ratio = lr_schedule, lr_schedule_kwargs, warmup_ratio
+        self.freezing = freezing_of(freeze, train_only)
         self.source = ModelSource(model_name, torch.float32, attn_implementation, revision, trust_remote_code)
         self.source.quantization, self.dtype_choice, self.normalize = quantization, dtype, normalize
-        self.tokenizer_name, self.chat_template = tokenizer_name, chat_template
+        self.adapter, self.tokenizer_name, self.chat_template = adapter, tokenizer_name, chat_template
+        self.source.allow_missing, self.resize_embeddings = [*(allow_missing or [])], resize_embeddings
         self.reference, self.chunk_rows, self.logits = reference, chunk_rows, logits
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
+        self.router_loss, self.unsupported_losses = router_loss, unsupported_losses
         self.step = StepInTheMaking(normalize, self.weighting.divisor, max_skipped_steps)
         self.wanted: frozenset[str] = frozenset()
         """Statistics of the distribution that a callback wants of the training tokens."""
@@ -109,16 +149,23 @@ class FineTuner(WeightedModule):
         self.old_policy = OldPolicy(window) if window else None
         self.trained_on: TokenStats | None = None
         """The supervised tokens of the micro-batch just trained on, for callbacks."""
+        self._settings: list[dict[str, Any]] = []  # in force, of each group of the optimizer
         self._layers_ready = False
         self.recomputation: Recomputation = "none"
         """What the backward pass computes again, once that is chosen."""
-        self._known: list[Tensor] = []  # weights of the step's micro-batches, for a weighting of step scope
+        self._ahead = Prepass()  # of the present step
         refuse(self)
+
+    def initial_model(self, *, empty: bool = False) -> Any:
+        """By the run's seed, with what is not trained frozen."""
+        with seeded(self.seed):  # rows that a checkpoint lacks, adapters
+            return self.freezing.apply(super().initial_model(empty=empty))
 
     def setup(self, stage: str) -> None:
         """Refuse data that do not go with the weighting; compiled layers want batches of one shape from the start."""
         data: Any = getattr(self.trainer, "datamodule", None)
         check_data_weights(self.weighting, data, stage)
+        check_limits(self, data)
         if self.old_policy is not None:
             self.old_policy.forget()  # of an earlier fit; that of a checkpoint comes after this
         if stage == "fit" and self.compile_layers:
@@ -131,31 +178,13 @@ class FineTuner(WeightedModule):
         step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
         if self.old_policy is not None and number == 0 and self.old_policy.is_due(self.trainer.global_step):
             self._begin_window(self.old_policy, step)
-        if self.weighting.scope == "step" and number == 0:
-            self._known = self._weights_of_step(step)
+        self._ahead = prepass(self, step) if number == 0 else self._ahead
         self._seed(number)
-        loss, tokens = self.score(batch, self.wanted, self._known[number] if self._known else None)
+        loss, tokens = self.score(batch, self.wanted, self._ahead.weight(number), self.router)
         self.trained_on = tokens
-        self.step.add(loss, batch, tokens)
-        return loss
-
-    def _recomputation(self, data: "ChatDataModule | None") -> Recomputation:
-        """What is in force, where it is to be found out too."""
-        if self.activation_checkpointing != "auto":
-            return self.activation_checkpointing
-        from dft_lightning.planning.automatic import choose
-
-        if data is None:
-            raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
-        return choose(self, data)
-
-    def _weights_of_step(self, step: int) -> list[Tensor]:
-        """The weights of each micro-batch of the epoch's step, by a pass with the dropout of the gradient pass."""
-        data, parts = cast("ChatDataModule", self.trainer.datamodule), []  # type: ignore[attr-defined]
-        for number, batch in enumerate(data.step(self.trainer.current_epoch, step)):
-            self._seed(number)
-            parts.append(self._unweighted(self._moved(batch)))
-        return self._weigh_together(parts)
+        added, value = router_share(self, batch, tokens, self._ahead.totals)
+        self.step.add(loss, batch, tokens, value)
+        return loss + added
 
     def _begin_window(self, old: OldPolicy, step: int) -> None:
         """Have the policy, as it is now, look at what the window's steps will train on."""
@@ -169,7 +198,7 @@ class FineTuner(WeightedModule):
     @property
     def seed(self) -> int:
         """That of `seed_everything`."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return run_seed()
 
     def _seed(self, micro_batch: int) -> None:
         """Dropout follows from seed, step, micro-batch and rank, so that it is the same after a restart."""
@@ -219,27 +248,27 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
-        ahead = self.weighting.scope == "step" or self.old_policy is not None
-        if ahead and not hasattr(data, "step"):
-            raise UserError(
-                f"{type(self.weighting).__name__} looks at whole optimizer steps: train with a ChatDataModule"
-            )
-        if data is not None and getattr(data, "is_packed", False):
-            with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context():
+            if data is not None and getattr(data, "is_packed", False):
                 self._network.check_borders()
-        prepare_adapters(self._network, initial=self.is_initial)
+            self._network.check_adapters()
+        prepare_adapters(self._network, initial=self.is_initial and self.adapter != "continue")
+        prepare_loss_terms(self)
+        refuse_without_steps(self, data)
         self._prepare_layers(data)
         self._prepare_reference(["train", "val"])
 
     def _prepare_layers(self, data: "ChatDataModule | None") -> None:
         """Recomputation and compilation, once; what is compiled is for the shape of this fit's batches."""
-        decoder = self._network.base.get_decoder()
         if not self._layers_ready:
             self._layers_ready = True
-            self.recomputation = self._recomputation(data)
-            recompute(decoder, self.recomputation)
+            from dft_lightning.planning.automatic import recomputation_of
+
+            self.recomputation = recomputation_of(self, data)
+            self._network.check_recomputation(self.recomputation)
+            recompute(self._network.decoder, self.recomputation)
             if self.compile_layers:
-                compile_layers(decoder)
+                compile_layers(self._network.decoder)
         if self.compile_layers:
             assert data is not None  # see `setup`
             rank_zero_info("Compiling the decoder's layers, once …")
@@ -249,30 +278,17 @@ class FineTuner(WeightedModule):
     def on_train_start(self) -> None:
         """After a resume: the run's own learning rate and other settings are in force, and what has changed is said."""
         self.step.skipped.forget_later(self.trainer)
-        if self._resumed is None:
-            return
-        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        changed = restore_settings(self.trainer.optimizers[0], cast(Any, scheduler), self._settings)
-        others = resume.changes(self._resumed["settings"], resume.settings_of(self))
-        changed += [f"{what} {change}" for what, change in others.items()]
-        if changed:
-            rank_zero_info(f"Going on with other settings than the checkpoint's: {', '.join(changed)}")
+        if self._resumed is not None:
+            put_in_force(self, self._resumed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over everything trainable, and the schedule, a step at a time."""
-        optimizer = self.optimizer([parameter for parameter in self._network.parameters() if parameter.requires_grad])
-        if self._resumed is not None:
-            then, now = self._resumed["optimizer"], type(optimizer).__qualname__
-            resume.refuse({"optimizer": {"": then}}, {"optimizer": {"": now}})
-        refuse_fused_scaling(self.trainer, optimizer)
-        refuse_parts(self.trainer, optimizer)
-        total = self.total_steps
-        scheduler = schedule(optimizer, self.lr_schedule, int(self.warmup_ratio * total), total)
-        self._settings = settings(optimizer)
+        optimizer, scheduler, self._settings = configured(self, self._resumed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what makes this run what it is."""
+        keep_averages(self.trainer, checkpoint)
         if self.trainer.optimizers:
             checkpoint[resume.CHECKPOINT_KEY] = resume.facts_of(self)
             if self.old_policy is not None:
@@ -285,8 +301,8 @@ class FineTuner(WeightedModule):
             return
         if resume.CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by a training run of dft-lightning: start a new run")
-        facts = checkpoint[resume.CHECKPOINT_KEY]
-        now = resume.identity(self)
+        take_current(checkpoint)
+        facts, now = checkpoint[resume.CHECKPOINT_KEY], resume.identity(self)
         resume.refuse(facts["identity"], now, self.allow_changes)
         resume.refuse({"shapes": resume.shapes(checkpoint["state_dict"])}, {"shapes": resume.shapes(self.state_dict())})
         resume.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)

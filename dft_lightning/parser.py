@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import isabstract
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.data import ChatDataModule
+from dft_lightning.optimizer_options import optimizer_hint, with_full_names
 from dft_lightning.weighting.plugins import load_plugins, weightings
 
 
@@ -18,6 +19,12 @@ class Parser(LightningArgumentParser):
     given: ClassVar[list[str]] = []
     """The words of the command line."""
 
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """A configuration, in which a bare class name of an optimizer is torch's, as it is on the command line."""
+        first = [with_full_names(each) if isinstance(each, str) else each for each in args[:1]]
+        named = {key: with_full_names(kwargs[key]) for key in ("content", "cfg_str") if key in kwargs}
+        return super().parse_string(*first, *args[1:], **(kwargs | named))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
@@ -25,6 +32,7 @@ class Parser(LightningArgumentParser):
             text = class_hint(*unknown.groups()) or text
         if text.endswith("the following arguments are required: of"):
             text += ": name the weighting that is modified, as in --model.weighting.of DFT"
+        text = optimizer_hint(text, self.given) or text
         text = nameless(text, self.given) or wrong_value(text, self.given) or text
         self.exit(2, f"dft: error: {text}\n")
         raise AssertionError("exit returns")

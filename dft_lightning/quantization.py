@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
 
 Quantization = Literal["nf4"]
@@ -105,15 +106,12 @@ def read_out(model: Any) -> Any:
 def leave_out_of_states(network: nn.Module) -> None:
     """Let the state of the network be that of its adapters alone, and a base that a state has not got stay as it is."""
 
-    def is_learnt(name: str) -> bool:
-        return "lora_" in name
-
     def without(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        for name in [name for name in state if name.startswith(prefix) and not is_learnt(name)]:
+        for name in [name for name in state if name.startswith(prefix) and not of_adapter(name)]:
             del state[name]
 
     def not_missed(_: nn.Module, found: Any) -> None:
-        found.missing_keys[:] = [name for name in found.missing_keys if is_learnt(name)]
+        found.missing_keys[:] = [name for name in found.missing_keys if of_adapter(name)]
 
     hooked: Any = network
     hooked.register_state_dict_post_hook(without)

@@ -18,7 +18,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from dft_lightning.adapter_names import of_adapter, without_adapter
 from dft_lightning.embedded import cache_dir
+from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
 from dft_lightning.precision import precision_of
 from dft_lightning.sharding.initial import initial_network
@@ -70,13 +72,21 @@ def prepare_reference(module: "WeightedModule", data: "ChatDataModule", stages: 
     """Give the data module the cached log-probabilities of what this run uses of `stages`, computed where missing.
 
     Where the live model is no longer the initial one, that is loaded beside it.
+
+    Raises:
+        UserError: the data are not those of a `ChatDataModule`, whose rows a cache is keyed by.
     """
+    if not hasattr(data, "rows_used"):
+        raise UserError(
+            f"{type(module.weighting).__name__} compares with the initial model, whose log-probabilities are cached by "
+            "row: train with a ChatDataModule, or set model.reference to copy"
+        )
     network = module.network
     assert network is not None
     if not module.is_initial:
         rank_zero_info("Loading the initial model beside the present one, for the reference log-probabilities")
         network = initial_network(module, frozen=True)
-    weights = fingerprint(network)
+    weights = fingerprint(network, adapter=module.adapter == "continue")
     module.set_reference(weights)
     for stage in stages:
         rows = data.rows_used(stage)
@@ -88,28 +98,33 @@ def initial_copy(module: "WeightedModule") -> WeightedLM:
     """The initial model once more, frozen: for a reference whose distributions over the vocabulary are wanted."""
     rank_zero_info("Loading the initial model a second time, frozen, as the reference")
     network = initial_network(module, frozen=True)
-    module.set_reference(fingerprint(network))
+    module.set_reference(fingerprint(network, adapter=module.adapter == "continue"))
     return network
 
 
-def fingerprint(network: WeightedLM) -> str:
+def fingerprint(network: WeightedLM, *, adapter: bool = False) -> str:
     """sha256 over all weights of a model, whatever its name and files are called.
 
-    Not over LoRA's, which are random at the start and change nothing there; of weights in 4 bits not over their scales'
-    second scale, in which another number of threads rounds otherwise.
+    Not over those of a new adapter, which are random at the start and change nothing there; of weights in 4 bits not
+    over their scales' second scale, in which another number of threads rounds otherwise.
+
+    Args:
+        adapter: include the adapter's, which are those of a trained one.
     """
-    return _sha256(network.model.state_dict(prefix="model."))
+    state = network.model.state_dict(prefix="model.")
+    return _sha256({name: tensor for name, tensor in state.items() if adapter or not of_adapter(name)})
 
 
 def fingerprint_of_base(model: nn.Module) -> str:
     """The same whether adapters are around the layers of a transformers model or not."""
-    return _sha256({name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()})
+    state = model.state_dict().items()
+    return _sha256({without_adapter(name): tensor for name, tensor in state if not of_adapter(name)})
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in state.items():
-        if "lora_" in name or ".weight." in name:
+        if ".weight." in name and not of_adapter(name):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         full = whole(tensor.detach()).cpu().contiguous()

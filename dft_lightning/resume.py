@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from dft_lightning.adapter_names import of_adapter
+from dft_lightning.averaging import averaging_in_words, averaging_of
 from dft_lightning.errors import UserError
 from dft_lightning.precision import precision_of
 from dft_lightning.weighting.proof import fingerprint
@@ -14,7 +16,7 @@ from dft_lightning.weighting.proof import fingerprint
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
 
-Change = Literal["model", "tokenizer", "data", "weighting", "normalize"]
+Change = Literal["model", "tokenizer", "data", "weighting", "normalize", "averaging"]
 """What `allow_changes` can name: a run may go on with another one of these if its user says so."""
 
 CHECKPOINT_KEY = "dft_lightning"
@@ -34,20 +36,35 @@ _OF_THE_VERSION = (
 )
 
 
+#: Options that decide which parameters an optimizer has, and in which of its groups.
+_OF_PARAMETERS = ("freeze", "train_only", "weight_decay_exempt")
+
+
 def identity_by_options(hparams: Mapping[str, Any]) -> Identity:
     """What the options of a `FineTuner` say that it optimises; known before anything is loaded."""
     return {
-        "model": {"name": _place(hparams["model_name"])},
-        "weighting": {"": hparams["weighting"]},
+        "model": {"name": _place(hparams["model_name"]), "adapter": hparams.get("adapter")},
+        "weighting": {"": hparams["weighting"], "router loss": _unless_default(hparams.get("router_loss"))},
         "normalize": {"": hparams["normalize"]},
-        "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")},
+        "lora": {"": _lora(hparams["lora"]), "quantization": hparams.get("quantization")}
+        | {"resize_embeddings": hparams.get("resize_embeddings") or None},
+        "parameters": {name: hparams.get(name) or None for name in _OF_PARAMETERS},
         "tokenizer": {"name": _place(hparams["tokenizer_name"]), "chat template": hparams["chat_template"]},
     }
 
 
+def _unless_default(router_loss: float | str | None) -> float | str | None:
+    """A checkpoint from before there was such an option does not name it."""
+    return None if router_loss == "auto" else router_loss
+
+
 def _lora(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Without switches that are off: a checkpoint from before there were such does not name them."""
-    return None if options is None else {name: value for name, value in options.items() if value is not False}
+    """Without what is off, which a checkpoint from before there was such an option does not name.
+
+    And without the precision of the adapters: it may change, which is said; see `settings_of`.
+    """
+    known = {name: value for name, value in (options or {}).items() if value not in (None, False) and name != "dtype"}
+    return known if options else None
 
 
 def identity(module: "FineTuner") -> Identity:
@@ -63,6 +80,8 @@ def identity(module: "FineTuner") -> Identity:
     found["model"]["architecture"] = _sha256(json.dumps(config, sort_keys=True, default=str))
     found["tokenizer"]["content"] = _sha256(repr([vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]))
     found["weighting"]["content"] = fingerprint(module.weighting)
+    averaging = averaging_of(module.trainer)
+    found["averaging"] = {"": None if averaging is None else averaging.state_key}
     found["data"] = getattr(getattr(module.trainer, "datamodule", None), "identity", dict)()
     return found
 
@@ -75,12 +94,19 @@ def settings_of(module: "FineTuner") -> dict[str, Any]:
         "steps": module.total_steps,
         "seed": module.seed,
         "lr_schedule": module.lr_schedule,
+        "lr_schedule_kwargs": module.lr_schedule_kwargs,
         "warmup_ratio": module.warmup_ratio,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         "precision": precision_of(trainer),
         "dtype": str(network.base.dtype),
+        "dtype of the adapters": _adapters_dtype(network) if module.lora is not None else None,
+        "averaging": averaging_in_words(trainer),
     }
+
+
+def _adapters_dtype(network: Any) -> str:
+    return str(next(parameter.dtype for name, parameter in network.named_parameters() if of_adapter(name)))
 
 
 def facts_of(module: "FineTuner") -> dict[str, Any]:
@@ -89,6 +115,8 @@ def facts_of(module: "FineTuner") -> dict[str, Any]:
         "identity": identity(module),
         "settings": settings_of(module),
         "optimizer": type(module.trainer.optimizers[0]).__qualname__,
+        "optimizer_module": type(module.trainer.optimizers[0]).__module__,
+        "data_seed": getattr(getattr(module.trainer, "datamodule", None), "seed", None),
         "reference": module.reference_weights,
         "skipped": module.step.skipped.state(),
         "micro_batches": module.trainer.accumulate_grad_batches,
@@ -113,7 +141,7 @@ def refuse(then: Mapping[str, Mapping[str, Any]], now: Identity, allowed: Iterab
         for kind, differences in found.items()
         for part, change in differences.items()
     )
-    if {"lora", "optimizer", "shapes"} & found.keys():
+    if {"lora", "optimizer", "parameters", "shapes"} & found.keys():
         way = "its state does not fit these options: give the same ones"
     else:
         way = f"go on all the same with --allow_changes '[{', '.join(sorted({*found, *allowed}))}]'"
@@ -121,6 +149,14 @@ def refuse(then: Mapping[str, Mapping[str, Any]], now: Identity, allowed: Iterab
         f"the checkpoint is of a run with other options ({listed}): choose another --run_dir, start anew with "
         f"--overwrite true, or a new run from its exported model; {way}"
     )
+
+
+def refuse_optimizer(then: Mapping[str, Any], optimizer: Any) -> None:
+    """Refuse an optimizer of another class than the checkpoint's facts name, of another package with the same name."""
+    kind = type(optimizer)
+    refuse({"optimizer": {"": then["optimizer"]}}, {"optimizer": {"": kind.__qualname__}})
+    module = then.get("optimizer_module", kind.__module__)  # not there in checkpoints of earlier versions
+    refuse({"optimizer": {"module": module}}, {"optimizer": {"module": kind.__module__}})
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,24 +8,31 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from dft_lightning import resume
+from dft_lightning.adapter_folders import Adapter, AdapterFolder, tokenizer_of
+from dft_lightning.embedding_rows import prepare_source
 from dft_lightning.errors import UserError
+from dft_lightning.initial_model import Reference, build, read_adapter, reference_in_force
+from dft_lightning.loading import ModelSource, Precision, load_tokenizer
 from dft_lightning.logprob import ReferenceHead
+from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, refuse_terms, router_for_scoring
 from dft_lightning.metrics import TokenMeans, token_sums
-from dft_lightning.models import LoRA, ModelSource, Precision, WeightedLM, add_lora, load_model, load_tokenizer
+from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.module_base import ModuleBase
 from dft_lightning.normalizer import Normalize, token_factor, units
 from dft_lightning.old_policy import OldPolicy
-from dft_lightning.precision import computed_in, held_and_computed, refuse_logits
+from dft_lightning.precision import computed_in, held_and_computed, refuse_logits, refuse_precision
+from dft_lightning.prepass import reduced
 from dft_lightning.reference import initial_copy, prepare_reference
 from dft_lightning.refusals import refuse_ids
+from dft_lightning.router_loss import RouterLoss
 from dft_lightning.sharding.initial import initial_network, refuse_strategy
 from dft_lightning.sharding.layers import let_go
-from dft_lightning.step_weights import by_row, weigh_together
-from dft_lightning.weighting import TokenStats, TokenWeighting, Uniform
+from dft_lightning.step_weights import unweighted, weigh_together, weighed
+from dft_lightning.weighting import TokenStats, TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -33,22 +40,24 @@ if TYPE_CHECKING:
 
     from dft_lightning.data.batch import Batch
 
-Reference = Literal["auto", "cache", "adapter_off", "copy"]
 
-
-class WeightedModule(pl.LightningModule):
+class WeightedModule(ModuleBase):
     """The part of `FineTuner` that needs no training: it loads the model, and scores batches under the weighting."""
 
     source: ModelSource
     weighting: TokenWeighting
     lora: LoRA | None
+    adapter: Adapter | None
     normalize: Normalize
     dtype_choice: Precision
     chat_template: str | None
     tokenizer_name: str | None
+    resize_embeddings: bool | int
     reference: Reference
     chunk_rows: int | None
     logits: Literal["float32", "bfloat16"]
+    router_loss: RouterOption
+    unsupported_losses: UnsupportedLosses
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +69,13 @@ class WeightedModule(pl.LightningModule):
         """What may differ from the checkpoint that a run goes on from: see `resume.Change`."""
         self.reference_weights: str | None = None
         """sha256 of the model that the weighting compares with."""
+        self.router: RouterLoss | None = None
+        """The router loss in force."""
         self.old_policy: OldPolicy | None = None
         """Where the weighting compares with the policy of some steps ago."""
         self._initial: list[WeightedLM] = []  # a frozen copy of the initial model: no part of this module's state
+        self.asked_lora: LoRA | None = None
+        """As the options have it, where `lora` is that of an adapter which is trained further."""
         self._resumed: Mapping[str, Any] | None = None  # facts of the checkpoint that the run goes on from
         self._validated: list[tuple[TokenStats, Batch]] = []
 
@@ -79,28 +92,36 @@ class WeightedModule(pl.LightningModule):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with the chat template in force."""
-        source = (
-            self.source
-            if self.tokenizer_name is None
-            else replace(self.source, name=self.tokenizer_name, revision=None)
-        )
+        if self.tokenizer_name is None:
+            source = self.source if self.adapter_folder is None else tokenizer_of(self.source)
+        else:
+            source = replace(self.source, name=self.tokenizer_name, revision=None)
         return load_tokenizer(source, self.chat_template)
+
+    @cached_property
+    def adapter_folder(self) -> AdapterFolder | None:
+        """The adapter that model_name stands for, if any; see `read_adapter`."""
+        return read_adapter(self)
+
+    @property
+    def base_source(self) -> ModelSource:
+        """Where the model is, or the base model of an adapter."""
+        source = prepare_source(self)
+        return source if self.adapter_folder is None else self.adapter_folder.base_of(source)
 
     @property
     def reference_in_force(self) -> Reference | None:
         """Where the reference comes from; None where the weighting needs none."""
-        needed = {"ref_logp", REF_DISTRIBUTION} & self.weighting.needs
-        if not needed or self.reference != "auto":
-            return self.reference if needed else None
-        if self.lora is not None:
-            return "adapter_off"
-        return "copy" if REF_DISTRIBUTION in needed else "cache"
+        return reference_in_force(self)
 
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.network is not None:
             return
         refuse_strategy(self._trainer)
+        _ = self.adapter_folder  # it may have the settings of LoRA
+        refuse_precision(self, self._precision)
+        refuse_terms(self)
         self.source.dtype, self.source.compute = held_and_computed(self.dtype_choice, self._precision)
         refuse_logits(self.logits, computed_in(self._trainer) or self.source.dtype, self._precision)
         self.network = initial_network(self)
@@ -109,8 +130,7 @@ class WeightedModule(pl.LightningModule):
 
     def initial_model(self, *, empty: bool = False) -> Any:
         """The model as it is before any training, adapters included; or its shape alone, see `load_model`."""
-        model = load_model(self.source, empty=empty)
-        return model if self.lora is None else add_lora(model, self.lora)
+        return build(self, empty=empty)
 
     @property
     def _precision(self) -> str:
@@ -133,11 +153,15 @@ class WeightedModule(pl.LightningModule):
         return batch.to(self.device, non_blocking=self.device.type == "cuda")
 
     def score(
-        self, batch: "Batch", wanted: frozenset[str] = frozenset(), weight: Tensor | None = None
+        self,
+        batch: "Batch",
+        wanted: frozenset[str] = frozenset(),
+        weight: Tensor | None = None,
+        router: RouterLoss | None = None,
     ) -> tuple[Tensor, TokenStats]:
         """The loss of a micro-batch (a sum) and its tokens' statistics, weights included.
 
-        A weighting of step scope needs the `weight` (N,) of each token; see `score_together`.
+        A weighting of step scope needs the `weight` (N,) of each token; see `score_together`. `router` records.
         """
         loss, tokens = self._network(
             batch,
@@ -149,6 +173,7 @@ class WeightedModule(pl.LightningModule):
             old_logp=self._old_logp(batch),
             reference=self._reference(batch),
             weight=weight,
+            router=router,
             **self._head_options,
         )
         let_go(*self._initial, around=True)  # no backward pass follows, at whose end sharded ones do so themselves
@@ -164,34 +189,10 @@ class WeightedModule(pl.LightningModule):
         moved = [self._moved(batch) for batch in batches]
         if self.weighting.scope != "step":
             return [self.score(batch, wanted)[1] for batch in moved]
-        tokens = [self._unweighted(batch, wanted) for batch in moved]
+        tokens = [unweighted(self, batch, wanted) for batch in moved]
         weights = self._weigh_together(tokens)
         known = zip(moved, tokens, weights, strict=True)
-        return [self._weighed(batch, part, weight, wanted)[1] for batch, part, weight in known]
-
-    @torch.no_grad()
-    def _unweighted(self, batch: "Batch", wanted: frozenset[str] = frozenset()) -> TokenStats:
-        """What a weighting of step scope needs to know of a micro-batch, with rows in place of sequences."""
-        _, tokens = self._network(
-            batch,
-            Uniform(),
-            progress=self.progress,
-            wanted=wanted | self.weighting.needs,
-            ref_logp=self._ref_logp(batch),
-            old_logp=self._old_logp(batch),
-            **self._head_options,
-        )
-        return by_row(replace(tokens, weight=None, factor=token_factor(self.normalize, batch)), batch)
-
-    def _weighed(
-        self, batch: "Batch", tokens: TokenStats, weight: Tensor, wanted: frozenset[str]
-    ) -> tuple[Tensor, TokenStats]:
-        """Loss and tokens of a batch whose weights are known by now; targets over the vocabulary take another pass."""
-        if self.weighting.vocabulary:
-            loss, scored = self.score(batch, wanted, weight)
-            return loss, by_row(scored, batch)
-        factor = 1.0 if tokens.factor is None else tokens.factor
-        return -(weight * tokens.logp * factor).sum(), replace(tokens, weight=weight)
+        return [weighed(self, batch, part, weight, wanted)[1] for batch, part, weight in known]
 
     def _weigh_together(self, parts: list[TokenStats]) -> list[Tensor]:
         return weigh_together(self.weighting, parts, self.trainer.world_size)
@@ -201,11 +202,18 @@ class WeightedModule(pl.LightningModule):
             return None
         if self.reference_in_force == "cache":
             return batch.ref_logp
-        return self._reference_network.logp(batch, adapter=False, **self._head_options)
+        return self._reference_network.logp(batch, adapter=self._reference_has_adapter, **self._head_options)
 
     def _reference(self, batch: "Batch") -> ReferenceHead | None:
         """What gives the reference's distributions, where the weighting wants them."""
-        return self._reference_network.reference(batch) if REF_DISTRIBUTION in self.weighting.needs else None
+        if REF_DISTRIBUTION not in self.weighting.needs:
+            return None
+        return self._reference_network.reference(batch, adapter=self._reference_has_adapter)
+
+    @property
+    def _reference_has_adapter(self) -> bool:
+        """Whether the adapter belongs to the reference, the initial model: switched off, a trained one is not."""
+        return self.adapter == "continue"
 
     @property
     def _reference_network(self) -> WeightedLM:
@@ -233,10 +241,12 @@ class WeightedModule(pl.LightningModule):
         """As for training, in `dft validate`."""
         if self.trainer.state.fn == "validate":
             self._prepare_reference(["val"])
+            self.router = router_for_scoring(self)
 
     def on_test_start(self) -> None:
         """As for training."""
         self._prepare_reference(["test"])
+        self.router = router_for_scoring(self)
 
     def on_predict_start(self) -> None:
         """As for training."""
@@ -251,19 +261,21 @@ class WeightedModule(pl.LightningModule):
         self.reference_weights = weights
 
     def _prepare_reference(self, stages: list[str]) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self.reference_in_force == "copy" and not self._initial:
             self._initial.append(initial_copy(self))
-        elif data is not None and self.reference_in_force == "cache":
+        elif self.reference_in_force == "cache":
             prepare_reference(self, data, stages)
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Add a batch to the means over the whole validation set."""
         if self.weighting.scope == "step":  # the set is the step
-            self._validated.append((self._unweighted(batch, frozenset({"rank"})), batch))
-            return
-        loss, tokens = self.score(batch, frozenset({"rank"}))
-        self._add_to_means(loss, tokens, batch)
+            self._validated.append((unweighted(self, batch, frozenset({"rank"}), self.router), batch))
+        else:
+            loss, tokens = self.score(batch, frozenset({"rank"}), router=self.router)
+            self._add_to_means(loss, tokens, batch)
+        if self.router is not None:
+            self.router.validate()
 
     def _add_to_means(self, loss: Tensor, tokens: TokenStats, batch: "Batch") -> None:
         count = units(self.normalize, batch, self.weighting.divisor, tokens.need("weight"))
@@ -286,8 +298,9 @@ class WeightedModule(pl.LightningModule):
         held, self._validated = self._validated, []
         weights = self._weigh_together([tokens for tokens, _ in held]) if held else []
         for (tokens, batch), weight in zip(held, weights, strict=True):
-            self._add_to_means(*self._weighed(batch, tokens, weight, frozenset({"rank"})), batch)
-        self._record(stage, self.means.compute(), self.trainer.global_step, {"nll", "p_mean"})
+            self._add_to_means(*weighed(self, batch, tokens, weight, frozenset({"rank"})), batch)
+        routed = {} if self.router is None else self.router.validated(lambda sums: reduced(self, sums))
+        self._record(stage, self.means.compute() | routed, self.trainer.global_step, {"nll", "p_mean"})
         self.means.reset()
 
     def predict_step(self, batch: "Batch", batch_idx: int) -> tuple["Batch", dict[str, Tensor]]:
@@ -295,5 +308,5 @@ class WeightedModule(pl.LightningModule):
         wanted = frozenset({"entropy", "rank"})
         if self.weighting.scope != "step":
             return batch, self.score(batch, wanted)[1].tensors()
-        tokens = replace(self._unweighted(batch, wanted), sequence=batch.sequence)
+        tokens = replace(unweighted(self, batch, wanted), sequence=batch.sequence)
         return batch, replace(tokens, weight=torch.full_like(tokens.logp, torch.nan)).tensors()

@@ -1,7 +1,7 @@
 """One optimizer step as it is put together from micro-batches: normalised once, clipped, skipped if it is no use."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,12 +35,21 @@ class StepInTheMaking:
         self._sums: Tensor | None = None
         self._told_of_nothing = False
         self._norm = torch.zeros(())
+        self._terms: dict[str, Tensor] = {}
         self.wishes: dict[str, Callable[[], bool]] = {}
         """Asked on each rank at each step, by name; what any rank wishes is in `wished` on all of them."""
         self.wished: frozenset[str] = frozenset()
 
-    def add(self, loss: Tensor, batch: "Batch", tokens: "TokenStats") -> None:
-        """Count a micro-batch."""
+    def add(
+        self, loss: Tensor, batch: "Batch", tokens: "TokenStats", terms: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Count a micro-batch.
+
+        Args:
+            terms: by name, what it adds to further terms of the loss, (); they are logged as they are.
+        """
+        for name, value in (terms or {}).items():
+            self._terms[name] = value + self._terms.get(name, 0.0)
         self.skipped.see(batch, tokens)
         sums = token_sums(loss, units(self.normalize, batch, self.divisor, tokens.need("weight")), tokens)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -52,9 +61,11 @@ class StepInTheMaking:
         """
         assert self._sums is not None
         wishes = torch.tensor([float(wish()) for wish in self.wishes.values()], dtype=self._sums.dtype)
-        mine = torch.cat([self._sums, wishes.to(self._sums.device, non_blocking=True)])
+        terms = [value[None].to(self._sums) for value in self._terms.values()]
+        mine = torch.cat([self._sums, *terms, wishes.to(self._sums.device, non_blocking=True)])
         together = cast(Tensor, trainer.strategy.reduce(mine, reduce_op="sum"))
-        self._sums, self._wishes = together.tensor_split([len(self._sums)])
+        places = [len(self._sums), len(self._sums) + len(terms)]
+        self._sums, self._summed_terms, self._wishes = together.tensor_split(places)
         factor = trainer.world_size * trainer.accumulate_grad_batches / at_least_something(units_of(self._sums))
         scale_gradients(parts_of_gradients(parameters), factor)
 
@@ -72,8 +83,8 @@ class StepInTheMaking:
         self._norm = common_norm([cast(Tensor, parameter.grad) for parameter in given])
         if value:
             _clip(parts_of_gradients(given), value, self._norm if algorithm in (None, "norm") else None)
-        facts = [self._sums, self._wishes, self._norm[None].to(self._sums)]
-        self._sums, wishes, self._norm = _together(facts)
+        facts = [self._sums, self._summed_terms, self._wishes, self._norm[None].to(self._sums)]
+        self._sums, self._summed_terms, wishes, self._norm = _together(facts)
         self.wished = frozenset(name for name, wish in zip(self.wishes, wishes.tolist(), strict=True) if wish)
         loss, norm = float(token_means(self._sums)["objective"]), float(self._norm)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -89,11 +100,12 @@ class StepInTheMaking:
         """What there is to log of the step; the next one begins."""
         assert self._sums is not None
         values = {name: value for name, value in token_means(self._sums).items() if name != "top1"}
-        values["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
         values["grad_norm"] = self._norm[0]
+        values |= dict(zip(self._terms, self._summed_terms, strict=True))
         if self.skipped.this_one:
             values = {name: value for name, value in values.items() if bool(torch.isfinite(value))}
-        self._sums = None
+        self._sums, self._terms = None, {}
         return values | {"skipped_steps": torch.tensor(float(self.skipped.total))}
 
 

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dft_lightning.normalizer import token_factor
+from dft_lightning.weighting import Uniform
 from dft_lightning.weighting.base import TokenStats, TokenWeighting, checked_weights
 
 if TYPE_CHECKING:
     from dft_lightning.data.batch import Batch
+    from dft_lightning.router_loss import RouterLoss
+    from dft_lightning.scoring import WeightedModule
 
 
 def by_row(tokens: TokenStats, batch: "Batch") -> TokenStats:
@@ -35,6 +39,38 @@ def weigh_together(weighting: TokenWeighting, parts: Sequence[TokenStats], ranks
     weights = torch.empty_like(whole.logp)
     weights[order] = checked_weights(weighting, whole[order])
     return list(torch.split(weights[start : start + len(mine)], [len(part) for part in parts]))
+
+
+@torch.no_grad()
+def unweighted(
+    module: "WeightedModule",
+    batch: "Batch",
+    wanted: frozenset[str] = frozenset(),
+    router: "RouterLoss | None" = None,
+) -> TokenStats:
+    """What a weighting of step scope needs to know of a micro-batch, with rows in place of sequences."""
+    _, tokens = module._network(
+        batch,
+        Uniform(),
+        progress=module.progress,
+        wanted=wanted | module.weighting.needs,
+        ref_logp=module._ref_logp(batch),
+        old_logp=module._old_logp(batch),
+        router=router,
+        **module._head_options,
+    )
+    return by_row(replace(tokens, weight=None, factor=token_factor(module.normalize, batch)), batch)
+
+
+def weighed(
+    module: "WeightedModule", batch: "Batch", tokens: TokenStats, weight: Tensor, wanted: frozenset[str]
+) -> tuple[Tensor, TokenStats]:
+    """Loss and tokens of a batch whose weights are known by now; targets over the vocabulary take another pass."""
+    if module.weighting.vocabulary:
+        loss, scored = module.score(batch, wanted, weight)
+        return loss, by_row(scored, batch)
+    factor = 1.0 if tokens.factor is None else tokens.factor
+    return -(weight * tokens.logp * factor).sum(), replace(tokens, weight=weight)
 
 
 def _order(tokens: TokenStats) -> Tensor:

@@ -44,10 +44,11 @@ def attend(
 
     Without borders each row (B of them) is a document. The arguments are those that transformers hands over.
     """
-    if mask is not None or softcap is not None or query.shape[2] != key.shape[2] or hasattr(module, "sinks"):
+    asked = mask is not None or softcap is not None or query.shape[2] != key.shape[2] or hasattr(module, "sinks")
+    if asked or not _is_told(module, sliding_window):
         raise UserError(
-            "attention 'varlen' reads whole documents, without mask, soft-cap, sinks and cache: set "
-            "--model.attn_implementation to another (sdpa, eager)"
+            "attention 'varlen' reads whole documents, without mask, soft-cap, sinks and cache, or a sliding window of "
+            f"them, and {type(module).__name__} asks for one of these"
         )
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave query and key in float32 there
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -70,6 +71,15 @@ def attend(
         call = _opaque if whole else _one_by_one
         out = call(q, k, v, cu_seq_lens_q, scaling, dropout, window)
     return out.view(rows, width, *out.shape[1:]), None
+
+
+def _is_told(module: Any, window: int | None) -> bool:
+    """Whether all that limits what the layer sees is in its arguments; Llama 4 has chunks that its masks alone know."""
+    kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or index is None or index >= len(kinds):
+        return True
+    kind = str(kinds[index])
+    return "chunk" not in kind and (window is not None or "sliding" not in kind)
 
 
 def _one_by_one(

@@ -28,7 +28,7 @@ from harness import fit
 from ranks import start
 
 from dft_lightning import FineTuner, NuminaMathDataModule
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 from dft_lightning.sharding.tensors import whole
 from dft_lightning.weighting import (
     ASFT,

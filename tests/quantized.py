@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from transformers.utils import is_bitsandbytes_available
 
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 
 needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="needs bitsandbytes (extra qlora)")
 #: 64 weights share a scale, so that rows have to be multiples of that.

@@ -341,6 +341,7 @@ class TestOtherCommands:
 def test_two_ranks_are_one(dft, here, tmp_path, model_dir, weighting):
     """Traps 1 and 14: 24 rows in steps of 9 leave ranks unequal and micro-batches empty. Float32: 2e-5 as elsewhere."""
     options = ["--model.weighting", weighting, "--data.global_batch_size", "9", "--trainer.gradient_clip_val", "0.01"]
+    options += ["--data.num_workers", "1"]  # of a cached reference, too
     assert dft("fit", *options, "--run_dir", "one") == 0
     command = [sys.executable, "-m", "dft_lightning", "fit", "--config", "one/config.yaml", "--run_dir", "two"]
     ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -420,6 +421,14 @@ class TestWhatCannotBe:
         assert strategy["class_path"].endswith("FSDP2Strategy")
         assert strategy["init_args"]["replicate"] == 2
 
+    def test_the_short_name_keeps_the_settings_of_a_file(self, dft, capsys):
+        """It stood for no settings at all: what a file had said of the precision was dropped."""
+        more = ["--config", str(CONFIGS / "precision" / "fsdp2-fp32-master.yaml"), "--trainer.strategy=fsdp2"]
+        for option in (more, [*more[:2], "--trainer.strategy", "fsdp2"]):
+            with pytest.raises(SystemExit):
+                dft("fit", "--model.weighting", "DFT", *option, "--print_config")
+            assert yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]["init_args"]["compute"] == "bfloat16"
+
     def test_a_run_that_is_longer_already(self, dft, capsys):
         options = ["--model.weighting", "DFT", "--trainer.max_epochs"]
         assert dft("fit", *options, "3") == 0
@@ -476,7 +485,7 @@ class TestConfigs:
             assert config["data"]["init_args"]["packing"] == "padding_free"
             assert config["data"]["init_args"]["num_samples"] == 100000
         if file == "fsdp2":
-            assert config["trainer"]["strategy"] == "fsdp2"
+            assert config["trainer"]["strategy"]["class_path"] == "dft_lightning.sharding.FSDP2Strategy"
             assert config["checkpoints"]["sharded"]
         if file == "demo":
             assert config["model"]["model_name"] == NAME

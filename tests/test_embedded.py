@@ -9,7 +9,7 @@ import pytest
 
 from dft_lightning import embedded
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource
+from dft_lightning.loading import ModelSource
 
 
 def found(monkeypatch, *missing):

@@ -7,7 +7,7 @@ from conftest import tiny_model
 from harness import fit
 from torch._dynamo.utils import counters
 
-from dft_lightning import varlen
+from dft_lightning import compilation, varlen
 from dft_lightning.data.batch import Collator
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
@@ -167,8 +167,19 @@ def test_batches_of_one_shape_are_no_larger_than_they_have_to_be(model_dir, rows
 
 
 def test_compiling_needs_packed_rows(model_dir, rows_file):
-    with pytest.raises(UserError, match=r"model.compile needs batches of one shape: set --data.packing true"):
+    with pytest.raises(
+        UserError, match=r"model.compile needs batches of one shape, and data.packing is False: set --data.packing"
+    ):
         fit(model_dir, rows_file, module={"compile": True})
+
+
+def test_a_process_may_compile_many_models(model_dir, rows_file, monkeypatch):
+    """All layers share one function, of which torch keeps a limited number of variants; no code is generated here."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(compilation, "_OPTIONS", {"dynamic": False, "fullgraph": True, "backend": "eager"})
+    for micro_batch_size in (1, 2, 3, 4):
+        data = PACKED | {"micro_batch_size": micro_batch_size}
+        assert fit(model_dir, rows_file, module={"compile": True}, data=data, max_steps=1)[1].gradients
 
 
 def test_what_cannot_be_compiled_is_named(model_dir, rows_file, monkeypatch):

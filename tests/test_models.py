@@ -7,7 +7,8 @@ from torch import nn
 
 from dft_lightning.data.batch import Collator
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, WeightedLM, add_lora, load_model, load_tokenizer
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer
+from dft_lightning.models import LoRA, WeightedLM, add_lora
 from dft_lightning.weighting import DFT, Uniform
 
 FAMILIES = {

@@ -10,7 +10,8 @@ from harness import fit
 
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import LoRA
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenWeighting, Uniform
 
 

@@ -13,7 +13,8 @@ from dft_lightning import FineTuner
 from dft_lightning.adapters import LoRA, add_lora
 from dft_lightning.callbacks import RunSummary
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, WeightedLM, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import WeightedLM
 from dft_lightning.quantization import BLOCK, numbers, quantized_layers, read_out, weight_of
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.sharding.initial import initial_network

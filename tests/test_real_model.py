@@ -9,7 +9,7 @@ from harness import fit
 
 from dft_lightning.__main__ import main
 from dft_lightning.data.problems import practice_problems
-from dft_lightning.models import ModelSource, load_model, load_tokenizer
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer
 from dft_lightning.weighting import DFT
 
 pytestmark = pytest.mark.slow

@@ -25,6 +25,8 @@ from dft_lightning.weighting import (
     TokenWeighting,
     Uniform,
 )
+from dft_lightning.weighting.base import REF_DISTRIBUTION
+from dft_lightning.weighting.catalogue import entries
 from dft_lightning.weighting.composition import Modifier
 
 ADAPTER = {"lora": LoRA(rank=4)}
@@ -325,3 +327,42 @@ def test_validation_has_the_targets_of_a_weighting_that_looks_at_whole_steps(mod
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name in ("objective", "weight_mean", "nll"):
         assert found[f"val/{name}"] == pytest.approx(found[f"train/{name}"], rel=1e-5)
+
+
+#: Every weighting of the package whose reference may be a cache.
+CACHED = [entry.cls for entry in entries() if {"ref_logp", REF_DISTRIBUTION} & set(entry.needs or ()) == {"ref_logp"}]
+
+
+class TestWorkers:
+    """A cached reference reaches the processes that prepare batches, in every command."""
+
+    def metrics(self, model_dir, rows_file, weighting, workers, command):
+        data = {"num_workers": workers, "val_size": 4, "test_path": str(rows_file), "micro_batch_size": 4}
+        module, recorder, trainer = fit(model_dir, rows_file, weighting, data=data, max_steps=0 if command else 2)
+        if not command:
+            return recorder.gradients
+        found = getattr(trainer, command)(module, trainer.datamodule)
+        return [batch.ref_logp for batch, _ in found] if command == "predict" else found
+
+    @pytest.mark.parametrize("command", ["", "validate", "test", "predict"])
+    @pytest.mark.parametrize("kind", CACHED)
+    def test_with_and_without_them(self, model_dir, rows_file, kind, command):
+        alone, others = (self.metrics(model_dir, rows_file, kind(), workers, command) for workers in (0, 2))
+        assert len(alone) == len(others) > 0
+        for ours, truth in zip(others, alone, strict=True):
+            assert torch.equal(ours, truth) if isinstance(truth, torch.Tensor) else ours == truth
+
+    def test_they_are_all(self):
+        assert {kind.__name__ for kind in CACHED} >= {"ImportanceWeighted", "Rho1"}
+
+
+def test_rows_that_no_cache_knows_are_refused(model_dir, rows_file):
+    """Loaders of one's own in place of a data module: at the start, and not at the first step."""
+    trainer = fit(model_dir, rows_file, max_steps=1)[2]
+    loader, other = trainer.datamodule.train_dataloader(), FineTuner(str(model_dir), ImportanceWeighted())
+    again = type(trainer)(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"ImportanceWeighted compares .* set model\.reference to copy"):
+        again.fit(other, loader)

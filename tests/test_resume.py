@@ -194,7 +194,7 @@ class TestAnotherRun:
             run(folder, rows_file, tmp_path / "run", ckpt_path=last(tmp_path / "run"))
 
     def test_another_reference_model_under_the_same_name(self, model_dir, rows_file, tmp_path):
-        from dft_lightning.models import ModelSource, load_model
+        from dft_lightning.loading import ModelSource, load_model
         from dft_lightning.weighting import ImportanceWeighted
 
         folder = shutil.copytree(model_dir, tmp_path / "model")

@@ -64,6 +64,7 @@ class Checkpoints(Checkpoint):
         self._saved_at = 0
         self._due = self._now = self._stop = self._leaving = self._owes_validation = False
         self._validated_on: str | None = None
+        self._metrics: dict[str, float] = {}  # of the last validation
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the weighting's monitor where none is set."""
@@ -117,6 +118,8 @@ class Checkpoints(Checkpoint):
         Where Lightning goes on after a step with a validation, it counts that as done: then, instead, it is done.
         """
         _refuse_different_starts(trainer, cast("FineTuner", pl_module))
+        # a callback such as EarlyStopping looks for them at the end of the epoch that the checkpoint was written in
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
         if not self._owes_validation:
             return
         loop = trainer.fit_loop.epoch_loop.val_loop
@@ -140,6 +143,8 @@ class Checkpoints(Checkpoint):
         """Save the best state so far, and the last where it is due."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        metrics = trainer.callback_metrics.items()
+        self._metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
         if self.save_best:
             self._save_best(trainer)
         if self._now or _stops(trainer) or trainer.global_step == self._saved_at:
@@ -182,12 +187,14 @@ class Checkpoints(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and the step saved last."""
         compared = {"monitor": self.monitor, "validated_on": self._validated_on}
-        return {"best": self.best, "saved_at": self._saved_at, "owes_validation": self._owes_validation, **compared}
+        found = {"best": self.best, "saved_at": self._saved_at, "owes_validation": self._owes_validation, **compared}
+        return found | {"metrics": self._metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with them, unless another monitor is chosen by now, or other rows to validate on."""
         self._saved_at = state_dict["saved_at"]
         self._owes_validation = state_dict.get("owes_validation", False)
+        self._metrics = state_dict.get("metrics", {})
         if (state_dict["monitor"], state_dict["validated_on"]) == (self.monitor, self._validated_on):
             self.best = state_dict["best"]
 

@@ -8,11 +8,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dft_lightning.adapters import merged
+from dft_lightning.averaging import averaging_of
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.errors import UserError
 from dft_lightning.exporting.card import card, is_metric, logged_metrics
 from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
 from dft_lightning.exporting.stored import Stored, read_stored, weights_of
 from dft_lightning.resume import facts_of
+from dft_lightning.shapes import fleeting
 from dft_lightning.sharding import FSDP2Strategy
 
 if TYPE_CHECKING:
@@ -24,7 +28,8 @@ class Export(Callback):
 
     Args:
         enabled: whether to export at all.
-        which: the last state of the training, or the best by the checkpoints' monitor.
+        which: the last state of the training, or the best by the checkpoints' monitor. Where a callback averages the
+            weights (EMAWeightAveraging, …), both are averages; averaged is the last state, and refused without one.
         merge_lora: also write `run_dir/export-merged`, a model without adapter.
         stop_tokens: tokens that end an answer, added to those in the exported generation config.
     """
@@ -32,7 +37,7 @@ class Export(Callback):
     def __init__(
         self,
         enabled: bool = True,
-        which: Literal["last", "best"] = "last",
+        which: Literal["last", "best", "averaged"] = "last",
         merge_lora: bool = False,
         stop_tokens: list[str] | None = None,
     ) -> None:
@@ -41,6 +46,11 @@ class Export(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse unknown stop tokens before the training, not after it."""
+        if self.enabled and self.which == "averaged" and averaging_of(trainer) is None:
+            raise UserError(
+                "export.which is 'averaged', but no callback averages the weights: add one, as in "
+                "--trainer.callbacks+=EMAWeightAveraging, or leave export.which out"
+            )
         if self.enabled:
             stop_ids(cast("FineTuner", pl_module).tokenizer, self.stop_tokens)
 
@@ -63,9 +73,9 @@ class Export(Callback):
         _write(module, stored, model, folder)
         rank_zero_info(f"Exported the {self.which} model to {folder}")
         if self.merge_lora and module.lora is not None:
-            merged = copy.deepcopy(model).merge_and_unload() if source is None else source.merged()
-            self._add_stops(module, merged)
-            _write(module, stored, merged, folder.with_name("export-merged"), is_merged=True)
+            full = merged(copy.deepcopy(model, fleeting(model))) if source is None else source.merged()
+            self._add_stops(module, full)
+            _write(module, stored, full, folder.with_name("export-merged"), is_merged=True)
 
     def _add_stops(self, module: "FineTuner", model: Any) -> None:
         add_stops(model.generation_config, stop_ids(module.tokenizer, self.stop_tokens))
@@ -108,4 +118,5 @@ def _write(module: "FineTuner", stored: Stored | None, model: Any, folder: Path,
         text = card(module.hparams, facts_of(module), trainer.global_step, metrics, run_dir, is_merged)
     else:
         text = card(stored.options, stored.facts, stored.step, logged_metrics(run_dir, stored.step), run_dir, is_merged)
-    write_model(model, module.tokenizer, folder, text)
+    with_base = module.adapter == "merge" and module.lora is not None and not is_merged
+    write_model(model, module.tokenizer, folder, text, with_base=with_base)

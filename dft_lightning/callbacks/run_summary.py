@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dft_lightning import schedules
+from dft_lightning.adapters import described
 from dft_lightning.attention import implementation_of
+from dft_lightning.averaging import averaging_in_words
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
+from dft_lightning.optimizers import described as groups_of
 from dft_lightning.precision import precision_of
 from dft_lightning.quantization import numbers
 
@@ -40,23 +45,32 @@ class RunSummary(Callback):
 
 def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     """What this run optimises, on what, and where."""
+    assert module.network is not None
     parameters = list(module.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = numbers(module)
     beside = "" if module.source.quantization is None else f", beside adapters in 4 bits ({module.source.quantization})"
     device = module.device.type
+    weights, learnt = (_name(dtype) for dtype in (parameters[0].dtype, trained_dtype(module)))
+    if module.lora is not None:
+        beside = f"{beside}, adapters in {learnt}"
     facts = {
         "objective": f"−Σ sg(w)·log π(y), w by {module.weighting!r}",
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
         "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
-        "precision": f"{precision_of(trainer)}, weights in {str(parameters[0].dtype).removeprefix('torch.')}{beside}",
+        "precision": f"{precision_of(trainer)}, weights in {weights}{beside}",
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
         + _RECOMPUTED[module.recomputation],
         "devices": f"{trainer.world_size} × {device}, {type(trainer.strategy).__name__}",
     }
+    if module.lora is not None:
+        facts["adapter"] = _adapter(module)
+    facts |= _optimizer_facts(trainer, module)
     if hasattr(trainer, "datamodule") and trainer.datamodule is not None:
         facts |= _data_facts(cast("ChatDataModule", trainer.datamodule))
+    if (rule := averaging_in_words(trainer)) is not None:
+        facts["averaging"] = f"{rule}; validation, best.ckpt and export use the averaged weights"
     facts |= [("speed", one.said) for one in _callbacks(trainer) if isinstance(one, Throughput)]
     monitor, mode = module.weighting.monitor
     return facts | {
@@ -66,16 +80,59 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     }
 
 
+def trained_dtype(module: "FineTuner") -> torch.dtype:
+    """The precision of the trained weights, as they are."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _adapter(module: "FineTuner") -> str:
+    """The settings of the adapters in force, and where they come from."""
+    assert module.lora is not None
+    origin = {"continue": "; trained further", "merge": "; new, on the model that another was merged into"}
+    assert module.network is not None
+    return f"{described(module.lora)}{origin.get(module.adapter or '', '')}; {module.network.adapted}"
+
+
+def _optimizer_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
+    """The optimizer's groups as they are, the schedule, what is frozen by its name, and the seeds."""
+    assert module.network is not None
+    groups = groups_of(trainer.optimizers[0], module._settings)
+    total, options = module.total_steps, module.lr_schedule_kwargs
+    facts = {
+        "optimizer": "\n".join(groups),
+        "learning rate": schedules.described(module.lr_schedule, options, int(module.warmup_ratio * total), total),
+    }
+    if any(group.get("maximize") for group in module._settings):
+        facts["optimizer"] += "\nmaximize: gradient ascent, away from what the data say"
+    if module.freezing:
+        model = module.network.model
+        frozen = module.freezing.frozen(model)
+        also = module.freezing.also_frozen(model)
+        tied = f", tied: {', '.join(also)}" if also else ""
+        facts["frozen"] = f"{sum(each.numel() for each in frozen):,} parameters in {len(frozen):,} tensors{tied}"
+    own = getattr(getattr(trainer, "datamodule", None), "seed", module.seed)
+    facts["seeds"] = f"{module.seed} (initialisation, dropout); {own} (subset, validation split, shuffle)"
+    return facts
+
+
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set where Lightning starts
 
 
 def _attention(module: "FineTuner", data: "ChatDataModule | None") -> str:
     assert module.network is not None
-    name = implementation_of(module.network.base.get_decoder())
+    name = implementation_of(module.network.decoder)
     if data is None or not data.is_packed:
         return name
-    slow = "; varlen would not multiply a document with the others of its row" if name in ("sdpa", "eager") else ""
+    slow = ""
+    if name in ("sdpa", "eager"):
+        with module.trainer.precision_plugin.forward_context():
+            better = "varlen" in module.network.packs_with()
+        slow = "; varlen would not multiply a document with the others of its row" if better else ""
     return f"{name}, proved to keep packed sequences apart{slow}"
 
 

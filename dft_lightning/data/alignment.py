@@ -84,6 +84,8 @@ def refuse_options(options: SimpleNamespace) -> None:
         )
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"data.num_samples is {options.num_samples}; expected 1 or more, or null for all rows")
+    if options.seed is not None and options.seed < 0:
+        raise UserError(f"data.seed is {options.seed}; expected 0 or more, or null for that of seed_everything")
     if options.num_workers < 0:
         raise UserError(f"data.num_workers is {options.num_workers}; expected 0 or more")
     if options.val_size < 0:

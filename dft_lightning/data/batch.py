@@ -32,6 +32,7 @@ class Batch:
         position_ids: (B, T) place of each token in its document, where rows are packed; else None.
         cu_seqlens: (D+1,) int32, where each document begins in the B·T positions, and their end; with position_ids.
         longest: tokens of the longest document; with position_ids.
+        filled: how many positions of each row hold tokens, from the left; the others are padding.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Batch:
         longest: int = 0,
         stop: Tensor | None = None,
         data_weight: Tensor | None = None,
+        filled: Sequence[int] = (),
     ) -> None:
         self.input_ids = input_ids
         self.supervised = supervised
@@ -65,6 +67,7 @@ class Batch:
         self.longest = longest
         self.stop = stop
         self.data_weight = data_weight
+        self.filled = filled
 
     def __len__(self) -> int:
         """Sequences in the batch."""
@@ -156,6 +159,7 @@ class Collator:
             row=torch.tensor([sequence["row"] for sequence in sequences], dtype=torch.long),
             counts=list(map(len, target)),
             lengths=[size for row in lengths for size in row],
+            filled=[sum(row) for row in lengths] + [0] * (height - len(lengths)),
             ref_logp=self._reference(sequences),
             stop=_marks(sequences, places, "stop", np.False_),
             data_weight=_marks(sequences, places, "weight", np.float32(1)),
@@ -184,13 +188,15 @@ def _starts(lengths: list[list[int]], width: int) -> list[int]:
 def _borders(lengths: list[list[int]], shape: tuple[int, ...], most: int | None) -> dict[str, Any]:
     """What tells attention where documents begin and end; a row's padding is a document of its own.
 
-    Filled up to `most` documents by empty ones.
+    Filled up to `most` documents by empty ones. Positions of padding begin again where they would exceed those of the
+    sequences: a model with a table of positions has to have room for the sequences alone.
     """
     rows, width = shape
     filled = [*lengths, *[[] for _ in range(rows - len(lengths))]]
     documents = np.array([size for row in filled for size in (*row, width - sum(row)) if size], dtype=np.int64)
     ends = np.cumsum(documents)
     positions = np.arange(rows * width) - np.repeat(ends - documents, documents)
+    positions %= max((size for row in lengths for size in row), default=1)
     empty = np.full(max((most or 0) - len(ends), 0), rows * width)
     return {
         "position_ids": torch.from_numpy(positions.reshape(rows, width)),

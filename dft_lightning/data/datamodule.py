@@ -53,7 +53,7 @@ class ChatDataModule(StepLoaders):
             order (plain).
         shuffle: a new order every epoch, by seed.
         drop_last: leave out an epoch's last step where it is not full.
-        seed: of the shuffle, the subset and the validation split.
+        seed: of the shuffle, the subset and the validation split; by default that of seed_everything.
         num_workers: processes that prepare batches.
         tokenize_workers: processes that tokenise; null for what suits machine and data.
         max_unusable_share: stop where more than this share of the rows cannot be used.
@@ -89,7 +89,7 @@ class ChatDataModule(StepLoaders):
         grouping: Grouping = "length",
         shuffle: bool = True,
         drop_last: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         tokenize_workers: int | None = None,
         max_unusable_share: float = 0.1,
@@ -149,4 +149,4 @@ class ChatDataModule(StepLoaders):
 
     def split_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sorted indices of the rows to train and to validate on, out of `count`; the two never meet."""
-        return split_rows(count, self.options)
+        return split_rows(count, self.options, self.seed)

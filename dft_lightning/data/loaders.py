@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,11 +12,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dft_lightning.data.alignment import align, epochs_of, refuse_limits
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.data.deferred import DeferredCollate, DeferredLoader
 from dft_lightning.data.packing import Layout, Packed, Padded, Row
 from dft_lightning.data.rows import StageRows
 from dft_lightning.data.steps import Geometry, StepSampler
 from dft_lightning.data.store import TokenizedRows
 from dft_lightning.errors import UserError
+from dft_lightning.seeds import run_seed
 from dft_lightning.signals import only_from_the_parent
 
 if TYPE_CHECKING:
@@ -42,13 +45,18 @@ class StepLoaders(pl.LightningDataModule, ABC):
         self.fixed_shape = False
         """Whether all training batches are to have one shape (packed rows only); a module that compiles sets this."""
         self._sampler: StepSampler | None = None
-        self._resume = {"epoch": 0, "steps": 0}
         self._given: tuple[int, int | float | None] | None = None
 
     @property
     @abstractmethod
     def _stage_rows(self) -> StageRows:
         """What reads them."""
+
+    @property
+    def seed(self) -> int:
+        """Of the shuffle, the subset and the validation split: `data.seed`, by default the run's."""
+        own: int | None = self.options.seed
+        return run_seed() if own is None else own
 
     def geometry(self) -> Geometry:
         """How an optimizer step is cut up on this trainer's ranks."""
@@ -61,7 +69,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
         if self._given is None:  # a trainer that fits twice brings what was set here
             refuse_limits(trainer)
             self._given = trainer.accumulate_grad_batches, trainer.val_check_interval
-        self._sampler, self._resume = None, {"epoch": 0, "steps": 0}
+        self._sampler = None
         align(trainer, self.sampler(), *self._given)
 
     @property
@@ -79,7 +87,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
             self._sampler = StepSampler(
                 self._rows("train").lengths,
                 shape,
-                seed=options.seed if options.shuffle else None,
+                seed=self.seed if options.shuffle else None,
                 layout=layout,
                 drop_last=options.drop_last,
                 epochs=epochs_of(self.trainer, len(self._rows("train")), options),
@@ -102,9 +110,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> "DataLoader[Batch]":
         """Micro-batches of the training steps; after a resume, from where the checkpoint was written."""
-        sampler = self.sampler()
-        sampler.epoch, sampler.start = self._resume["epoch"], self._resume["steps"] * sampler.micro_batches
-        return self._loader(self._rows("train"), sampler, "train")
+        return self._loader(self._rows("train"), self.sampler(), "train")
 
     def step(self, epoch: int, number: int) -> "list[Batch]":
         """This rank's micro-batches of one training step, as the loader gives them."""
@@ -156,13 +162,13 @@ class StepLoaders(pl.LightningDataModule, ABC):
     ) -> "DataLoader[Batch]":
         workers = self.options.num_workers if workers is None else workers
         dataset: Any = _Sequences(rows)
-        return DataLoader(
+        return DeferredLoader(
             dataset,
             batch_sampler=cast("Sampler[Any]", sampler),
-            collate_fn=self._collator(sampler, stage),
+            collate_fn=DeferredCollate(partial(self._collator, sampler, stage)),
             num_workers=workers,
             worker_init_fn=only_from_the_parent if workers else None,
-            generator=torch.Generator(),  # it draws from the global one otherwise
+            generator=torch.Generator().manual_seed(self.seed),  # it draws from the global one otherwise
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -194,7 +200,7 @@ class StepLoaders(pl.LightningDataModule, ABC):
         return {
             "rows": self._rows("train").fingerprint,
             "global_batch_size": options.global_batch_size,
-            "seed": options.seed,
+            "seed": self.seed,
             "shuffle": options.shuffle,
             "drop_last": options.drop_last,
         }
@@ -203,7 +209,9 @@ class StepLoaders(pl.LightningDataModule, ABC):
         """Continue there; `FineTuner` refuses another `identity`."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        self._resume = {"epoch": state_dict["epoch"], "steps": min(state_dict["steps"], self.sampler().steps)}
+        sampler = self.sampler()  # the one that the training loader has, or will have
+        steps = min(state_dict["steps"], sampler.steps)
+        sampler.epoch, sampler.start = state_dict["epoch"], steps * sampler.micro_batches
 
 
 class _Sequences(Dataset[list[dict[str, Any]]]):

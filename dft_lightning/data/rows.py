@@ -13,6 +13,7 @@ from dft_lightning.data.store import TokenizedRows
 from dft_lightning.data.tokenized import tokenize
 from dft_lightning.embedded import cache_dir as default_cache_dir
 from dft_lightning.errors import UserError
+from dft_lightning.seeds import run_seed
 
 if TYPE_CHECKING:
     import datasets
@@ -67,7 +68,8 @@ class StageRows:
             revision=options.revision,
             cache_dir=options.cache_dir,
         )
-        train, val = split_rows(len(source), options)
+        seed = run_seed() if options.seed is None else options.seed
+        train, val = split_rows(len(source), options, seed)
         self.origin = {"train": train, "val": val}
         if "train" in stages:
             picked["train"] = source.select(train)
@@ -90,7 +92,7 @@ class StageRows:
         )
 
 
-def split_rows(count: int, options: SimpleNamespace) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(count: int, options: SimpleNamespace, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the rows to train and to validate on, out of `count`; the two never meet.
 
     Validation rows come from the end of the order (shuffled for subset="random"), so that the training rows stay the
@@ -98,7 +100,7 @@ def split_rows(count: int, options: SimpleNamespace) -> tuple[np.ndarray, np.nda
     """
     order = np.arange(count)
     if options.subset == "random":
-        order = np.random.default_rng(options.seed).permutation(count)
+        order = np.random.default_rng(seed).permutation(count)
     size, most = 0 if options.val_path else options.val_size, min(options.num_samples or count, count)
     val = int(size) if size >= 1 else max(round(size * most), 1 if size else 0)  # one at least, where asked for
     if val >= count:

@@ -68,6 +68,20 @@ class TokenizedRows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the store that these rows are of; -1 where there are no tokens."""
+        return self._store.largest_id
+
+    def first_row_with_id_from(self, token: int) -> int | None:
+        """The index in the source of the first row that has this token id or a larger one."""
+        return next((int(row) for row in self._rows if self._store.tokens(row)[0].max(initial=-1) >= token), None)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A row in T tokens.
 
@@ -128,6 +142,14 @@ class Store:
         )
         self.lengths = np.concatenate([lengths.to_numpy() for lengths in self._column("length")])
         self.targets = np.concatenate([targets.to_numpy() for targets in self._column("targets")])
+        self._largest_id: int | None = manifest.get("largest_id")
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id; -1 where there are no tokens. An older store does not know it, and is scanned."""
+        if self._largest_id is None:
+            self._largest_id = max((int(values.max(initial=-1)) for _, values in self._ids), default=-1)
+        return self._largest_id
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         return Store, (self.folder,)  # a process that is sent one maps the files itself

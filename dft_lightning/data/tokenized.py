@@ -249,7 +249,7 @@ def _build(rows: datasets.Dataset, task: _Task, folder: Path, workers: int) -> N
         mapped = rows.map(task, features=datasets.Features.from_arrow_schema(pa.schema(_COLUMNS)), **options)
         files = [Path(file["filename"]) for file in mapped.cache_files]  # in order
         sizes = {file.name: file.stat().st_size for file in files}
-        manifest = {"files": sizes, "report": asdict(_report(rows, mapped))}
+        manifest = {"files": sizes, "report": asdict(_report(rows, mapped)), "largest_id": _largest_id(mapped)}
         (draft / "report.json").write_text(json.dumps(manifest, indent=1))
         try:
             os.rename(draft, folder)
@@ -272,6 +272,12 @@ def _report(rows: datasets.Dataset, mapped: datasets.Dataset) -> Report:
     weighted = pc.sum(pc.greater(pc.list_value_length(weights), 0)).as_py()
     changed = pc.any(pc.not_equal(pc.list_flatten(weights), 1.0)).as_py() or False
     return Report(len(rows), used, pc.sum(pc.greater(full, kept)).as_py(), dropped, counts, examples, weighted, changed)
+
+
+def _largest_id(mapped: datasets.Dataset) -> int:
+    """Of all tokens; -1 where there are none."""
+    found = pc.max(pc.list_flatten(mapped.data.column("input_ids"))).as_py()
+    return -1 if found is None else int(found)
 
 
 def _judge(report: Report, max_unusable_share: float) -> None:

@@ -16,6 +16,11 @@ _QUANTIZED = {
     True: "in 4 bits (nf4); these weights are what those stand for, and the adapter's product",
 }
 
+_ENLARGED = (
+    "trained in full and part of this folder; before the adapter is loaded, call `resize_token_embeddings` of the base "
+    "model with as many rows as `embed_tokens` has in `adapter_model.safetensors`"
+)
+
 
 def card(
     options: Mapping[str, Any],
@@ -36,9 +41,14 @@ def card(
     """
     weighting, base = said(options["weighting"]), str(options["model_name"])
     objective = {"Weighting": f"`{weighting}`", "Normalised by": options["normalize"], "Base model": f"`{base}`"}
+    if options.get("adapter") is not None:
+        before = {"continue": "an adapter that was trained further", "merge": "an adapter, merged before the training"}
+        objective["Base model"] = f"`{base}`, {before[options['adapter']]}"
     if options["lora"] is not None:
-        given = ", ".join(f"{key} {value}" for key, value in options["lora"].items())
+        given = ", ".join(f"{key} {value}" for key, value in options["lora"].items() if value is not None)
         objective["LoRA"] = f"{given}; {'merged into the weights' if merged else 'this folder is the adapter'}"
+    if options.get("resize_embeddings") and options["lora"] is not None and not merged:
+        objective["Embedding and head"] = _ENLARGED
     if options.get("quantization") is not None:
         objective["Base as it was trained"] = _QUANTIZED[merged]
     objective["Optimizer steps"] = f"{step:,} of {facts['settings']['steps']:,}"

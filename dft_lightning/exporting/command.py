@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="a folder that is not there yet")
     merge = "add an adapter's product to the weights it adapts, and write a model without adapter"
     parser.add_argument("--merge_lora", type=_bool, default=False, metavar="true|false", help=merge)
+    averaged = "of a run that averages its weights: the averages (default), or the weights trained last"
+    parser.add_argument("--which", choices=["averaged", "current"], help=averaged)
     parser.add_argument("--stop_tokens", nargs="+", default=[], metavar="TOKEN", help="also end an answer")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights (5GB)")
     parser.add_argument(
@@ -59,7 +62,7 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
     from dft_lightning.exporting.stored import read_stored
 
-    stored = read_stored(given.checkpoint)
+    stored = read_stored(given.checkpoint, given.which)
     has_adapter = stored.options["lora"] is not None
     if given.merge_lora and not has_adapter:
         raise UserError(f"--merge_lora true, but {given.checkpoint} is of a run without adapter: leave it out")
@@ -68,9 +71,10 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     base = model.get_base_model() if has_adapter and not given.merge_lora else model
     add_stops(base.generation_config, stop_ids(tokenizer, given.stop_tokens))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size)
+    with_base = stored.base_is_merged and not given.merge_lora
+    write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size, with_base=with_base)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
-    adapted = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    adapted = {name: weight for name, weight in model.named_parameters() if of_adapter(name) or weight.requires_grad}
     counted = adapted if kind == "an adapter" else dict(model.named_parameters())
     return {"kind": kind, "parameters": sum(weight.numel() for weight in counted.values()), "step": stored.step}
 

@@ -80,7 +80,7 @@ def _step(subject: Subject, sample: Sample, batches: "list[Batch]", weighting: T
     weights = _weights(sample, batches, weighting)
     factors = [token_factor(normalize, batch) for batch in batches]
     with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.manual_seed(subject.module.seed)
         for batch, weight, factor in zip(batches, weights, factors, strict=True):
             weight = weight.to(subject.device)
             with subject.arithmetic():
@@ -95,7 +95,7 @@ def _step(subject: Subject, sample: Sample, batches: "list[Batch]", weighting: T
 
 def _reference(subject: Subject, batch: "Batch", weighting: TokenWeighting) -> ReferenceHead | None:
     """The model's own distributions, where the weighting compares with those of the initial model."""
-    return subject.network.reference(batch) if REF_DISTRIBUTION in weighting.needs else None
+    return subject.network.reference(batch, adapter=True) if REF_DISTRIBUTION in weighting.needs else None
 
 
 def _scaled(parameter: nn.Parameter, share: float) -> Tensor | None:

@@ -10,8 +10,9 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
 from dft_lightning.models import WeightedLM
-from dft_lightning.precision import held_and_computed, refuse_logits
+from dft_lightning.precision import held_and_computed, refuse_logits, refuse_precision
 from dft_lightning.recomputation import recompute
+from dft_lightning.row_limits import check_limits
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -60,11 +61,16 @@ class Subject:
     def network(self) -> WeightedLM:
         """The initial model, in evaluation mode."""
         module = self.module
+        refuse_precision(module, self.precision)
+        assert len(self.rows)  # they are read here
+        check_limits(module, self.data)
         module.source.dtype, module.source.compute = held_and_computed(module.dtype_choice, self.precision)
         refuse_logits(module.logits, module.source.dtype, self.precision)
         network = WeightedLM(module.initial_model())
         kind = module.activation_checkpointing
-        recompute(network.base.get_decoder(), "full" if kind == "auto" else kind)  # while it trains only
+        kind = "full" if kind == "auto" else kind
+        network.check_recomputation(kind)
+        recompute(network.decoder, kind)  # while it trains only
         return network.to(self.device).eval()
 
     @property

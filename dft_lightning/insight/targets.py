@@ -32,11 +32,11 @@ def worth_and_pull(
     Args:
         tokens: the batch's, with all that the weighting needs.
     """
-    own = network.reference(batch)
+    own = network.reference(batch, adapter=True)
     weight = checked_weights(weighting, tokens)
     worth, pull = torch.empty_like(weight), torch.empty_like(weight)
     for rows in slices(len(tokens), _BLOCK):
-        z = own.transform.forward_((own.hidden[rows] @ own.weight.T).to(weight.dtype))
+        z = own.transform.forward_((own.hidden[rows] @ own.weight.T.to(own.hidden.dtype)).to(weight.dtype))
         logp, target = z.log_softmax(1), tokens.target[rows, None]
         q = checked_targets(weighting, tokens[rows], logp, logp if REF_DISTRIBUTION in weighting.needs else None)
         worth[rows] = weight[rows] + q.gather(1, target)[:, 0]

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.callbacks.lightnings import averages_on_device
+from dft_lightning.errors import UserError
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB, KINDS, Load, lightest, targets_of
 from dft_lightning.planning.work import largest_micro_batch
@@ -30,6 +32,15 @@ def choose(module: "FineTuner", data: "ChatDataModule") -> Recomputation:
     return chosen
 
 
+def recomputation_of(module: "FineTuner", data: "ChatDataModule | None") -> Recomputation:
+    """What is in force, where it is to be found out too."""
+    if module.activation_checkpointing != "auto":
+        return module.activation_checkpointing
+    if data is None:
+        raise UserError("model.activation_checkpointing auto goes by micro-batches: train with a data module")
+    return choose(module, data)
+
+
 def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
     """What each device of a fit that is about to begin has to do."""
     assert module.network is not None
@@ -40,8 +51,10 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         lora=module.lora,
         dtype=module.source.dtype,
         precision=str(trainer.precision),
-        attention=implementation_of(base.get_decoder()),
-        optimizer=module.optimizer,
+        attention=implementation_of(module.network.decoder),
+        optimizer=module.optimization.make,
+        muon_adamw=module.optimization.muon_adamw,
+        freezing=module.freezing,
         shape=largest_micro_batch(data.train_rows, data.sampler(), fixed=data.fixed_shape),
         accumulates=trainer.accumulate_grad_batches > 1,
         ranks=trainer.world_size,
@@ -54,6 +67,9 @@ def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
         targets=targets_of(module.weighting),
         dealing=Dealing.of(trainer),
         four_bits=module.source.quantization is not None,
+        embeddings_trained=module.resize_embeddings is not False,
+        router=module.router is not None,
+        averaged=averages_on_device(trainer.callbacks, cuda=module.device.type == "cuda"),  # type: ignore[attr-defined]
     )
 
 

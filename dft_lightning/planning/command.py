@@ -10,10 +10,11 @@ import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 
 from dft_lightning.adapters import refuse_sharded
+from dft_lightning.callbacks.lightnings import averages_on_device, fit_callbacks
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource
+from dft_lightning.loading import load_config
 from dft_lightning.planning.dealt import Dealing, strategy_of
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.peaks import Device, find_device
@@ -50,7 +51,11 @@ class PlanCommand(InsteadOfTraining):
         if config.memory_gib is not None and not config.memory_gib > 0:
             raise UserError(f"--memory_gib is {config.memory_gib}; expected GiB of a device, more than 0")
         precision = _convert_precision_to_unified_args(trainer.precision) or "32-true"
-        strategy = strategy_of(trainer.strategy, precision)
+        strategy, callbacks = (
+            strategy_of(trainer.strategy, precision),
+            self._get(self.config_init, "trainer")["callbacks"],
+        )
+        fit_callbacks(callbacks, sharded=strategy is not None)
         if strategy is not None:
             refuse_sharded(self.model.lora)
             refuse_quantized(self.model.source)
@@ -66,20 +71,10 @@ class PlanCommand(InsteadOfTraining):
             ),
             utilisation=config.utilisation,
             dealing=None if strategy is None else Dealing.by(strategy, place.devices),
+            averaged=averages_on_device(callbacks, place.cuda),
         )
-        model_config = _configuration(self.model.source)
+        model_config = load_config(self.model.base_source)
         return make_plan(self.model, cast(ChatDataModule, self.datamodule), model_config, place, options)
-
-
-def _configuration(source: ModelSource) -> Any:
-    from transformers import AutoConfig
-
-    from dft_lightning.models import loading
-
-    with loading("configuration", source):
-        return AutoConfig.from_pretrained(
-            source.path(), revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
 
 
 def _place(name: str | None, memory_gib: float | None, trainer: Any, peak: float | None) -> Place:

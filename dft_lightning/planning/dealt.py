@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from dft_lightning.decoder import layers_of, refuse_shared
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
 from dft_lightning.planning.scaling import Group, at_once, gathered, held
-from dft_lightning.recomputation import layers_of
 from dft_lightning.sharding import FSDP2Strategy
 
 
@@ -86,7 +86,8 @@ class Dealing:
 
 def groups_of(network: WeightedLM) -> list[list[nn.Parameter]]:
     """The parameters that are gathered together: those of each layer, and last all others."""
-    layers = [list(layer.parameters()) for layer in layers_of(network.base.get_decoder())]
+    refuse_shared(network.decoder)
+    layers = [list(layer.parameters()) for layer in layers_of(network.decoder)]
     inside = set(chain.from_iterable(layers))
     return [*layers, [each for each in network.parameters() if each not in inside]]
 

@@ -8,14 +8,22 @@ padding, and no pass without gradient.
 Shapes: A attention heads, E width of a head, H hidden size, V vocabulary, P numbers of a weight.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.decoder import decoder_of
+from dft_lightning.shapes import run_in_shapes
 
 if TYPE_CHECKING:
     from dft_lightning.models import WeightedLM
+
+
+_NOTED = "dft_noted"  # an attention implementation that keeps what it is called with
 
 
 class NotCountedError(ValueError):
@@ -72,11 +80,11 @@ def model_flops(network: "WeightedLM") -> ModelFlops:
     Raises:
         NotCountedError: a weight is no linear layer's (experts, a state space), or an attention is not known.
     """
-    decoder, head = network.base.get_decoder(), network.base.get_output_embeddings().weight
+    decoder, head = network.decoder, network.base.get_output_embeddings().weight
     return ModelFlops(
         a_token=sum((6 if trained else 4) * numbers for numbers, trained in _factors(decoder)),
         a_supervised=(6 if head.requires_grad else 4) * head.numel(),
-        attention=tuple(_attention(decoder.config)),
+        attention=tuple(_attention(network)),
     )
 
 
@@ -85,6 +93,8 @@ def _factors(decoder: nn.Module) -> Iterator[tuple[int, bool]]:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in decoder.named_modules():
+        if ".original_module" in f".{name}":  # a copy of it, trained next to adapters, computes in its place
+            continue
         linear = isinstance(module, nn.Linear | Conv1D)
         for own, parameter in module.named_parameters(recurse=False):
             if linear and own == "weight":
@@ -97,20 +107,55 @@ def _factors(decoder: nn.Module) -> Iterator[tuple[int, bool]]:
                 )
 
 
-def _attention(config: Any) -> Iterator[AttentionLayers]:
-    """The layers by how far back they look."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    a_layer = 4 * heads * width
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        yield AttentionLayers(a_layer * config.num_hidden_layers, window)
-        return
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+def _attention(network: "WeightedLM") -> list[AttentionLayers]:
+    """The layers by how far back they look: what each is called with, in a model of the same shape.
+
+    Layers that do not call transformers' attention interface are counted by the configuration, if that
+    tells of no window.
+    """
+    decoder = network.decoder
+    config = decoder.config
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise NotCountedError(f"the FLOPs of {', '.join(sorted(unknown))} are not known here")
-    for kind, far in (("full_attention", None), ("sliding_attention", window)):
-        if kind in kinds:
-            yield AttentionLayers(a_layer * kinds.count(kind), far)
+    found = _called(network.base)
+    if found:
+        far = {window: sum(pair for each, pair in found if each == window) for window, _ in found}
+        return [AttentionLayers(pair, window) for window, pair in sorted(far.items(), key=lambda item: item[0] or 0)]
+    if windows := [name for name in config.to_dict() if "window" in name or name == "attention_types"]:
+        raise NotCountedError(
+            f"the FLOPs of {type(decoder).__name__}'s attention, of which {windows[0]} says how far it looks, are not "
+            "known here"
+        )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [AttentionLayers(4 * config.num_attention_heads * width * config.num_hidden_layers)]
+
+
+def _called(base: Any) -> list[tuple[int | None, int]]:
+    """Window and forward FLOPs a pair of each attention layer: 2·A·(E + E of values); nothing where none is seen.
+
+    Raises:
+        NotCountedError: the model's code cannot be run in shapes.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    calls: list[tuple[int | None, int]] = []
+
+    def note(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **more: Any) -> tuple[Tensor, None]:
+        calls.append((more.get("sliding_window"), 2 * query.shape[1] * (query.shape[3] + value.shape[3])))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_NOTED, note)
+    made: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = made.from_config(copy.deepcopy(base.config), attn_implementation=_NOTED)
+    except Exception:  # each family says in another way that it takes none
+        return []
+    try:
+        run_in_shapes(decoder_of(model))
+    except Exception as error:
+        if not calls:  # it takes none after all, or looks at values before its first layer
+            return []
+        reason = " ".join(str(error).split())[:200]
+        raise NotCountedError(f"{type(base).__name__} does not run in shapes ({reason})") from error
+    return calls

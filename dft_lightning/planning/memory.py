@@ -1,7 +1,7 @@
 """What a device has to hold while a model is trained, by part, and the lightest recomputation with which it fits."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dft_lightning.attention import implementation_of
+from dft_lightning.averaging import held_bytes
+from dft_lightning.embedding_rows import train_embeddings
+from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import allowed_bytes, default_rows
 from dft_lightning.models import LoRA, WeightedLM
+from dft_lightning.optimizers import MuonAdamW, Optimization
+from dft_lightning.parameter_groups import kinds_of
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.live_bytes import nbytes
 from dft_lightning.planning.rehearsal import Footprint, MicroBatch, Setting, rehearse, skeleton
-from dft_lightning.recomputation import Recomputation
+from dft_lightning.recomputation import Recomputation, changes_products
+from dft_lightning.shapes import run_in_shapes
 from dft_lightning.weighting import TokenWeighting
 from dft_lightning.weighting.base import REF_DISTRIBUTION
 
@@ -51,6 +57,11 @@ class Load:
         targets: 1 where the weighting has targets over the vocabulary, 2 where these want the reference's logits, too.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
         four_bits: whether weights beside adapters are held in 4 bits.
+        embeddings_trained: whether embedding and head are trained next to adapters.
+        router: whether there is a router loss.
+        muon_adamw: as `model.muon_adamw`.
+        freezing: what of the model is not trained.
+        averaged: whether a callback holds averages of the trained weights on the device.
     """
 
     config: Any
@@ -72,6 +83,11 @@ class Load:
     targets: int = 0
     dealing: Dealing | None = None
     four_bits: bool = False
+    embeddings_trained: bool = False
+    router: bool = False
+    muon_adamw: MuonAdamW | None = None
+    freezing: Freezing = NOTHING
+    averaged: bool = False
 
     @property
     def products(self) -> torch.dtype:
@@ -84,7 +100,8 @@ class Load:
 
     def network(self) -> WeightedLM:
         """The model without its weights."""
-        return WeightedLM(skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits))
+        model = skeleton(self.config, self.lora, self.dtype, self.precision, self.attention, self.four_bits)
+        return WeightedLM(self.freezing.apply(train_embeddings(model) if self.embeddings_trained else model))
 
 
 @dataclass(frozen=True)
@@ -128,13 +145,28 @@ def targets_of(weighting: TokenWeighting) -> int:
     return weighting.vocabulary * (1 + (REF_DISTRIBUTION in weighting.needs))
 
 
-def lightest(load: Load, kinds: Iterable[Recomputation] = KINDS) -> tuple[Recomputation | None, dict[str, Memory]]:
+def sound(load: Load) -> tuple[Recomputation, ...]:
+    """The kinds of recomputation with which the model's gradients are right, as far as its shapes tell."""
+    network = load.network()
+    try:
+        changed = changes_products(lambda: run_in_shapes(network.decoder))
+    except Exception:  # the family's code looks at values: the fit will tell
+        changed = ""
+    return tuple(kind for kind in KINDS if kind != "selective" or not changed)
+
+
+def lightest(
+    load: Load, kinds: Iterable[Recomputation] | None = None
+) -> tuple[Recomputation | None, dict[str, Memory]]:
     """The first kind of recomputation with which the load fits its device (None if none does), and what each needs.
 
     Kinds after the first that fits are not looked at.
+
+    Args:
+        kinds: all that are sound by default.
     """
     looked: dict[str, Memory] = {}
-    for kind in kinds:
+    for kind in sound(load) if kinds is None else kinds:
         looked[kind] = memory(load, kind)
         if looked[kind].peak <= load.capacity:
             return kind, looked
@@ -146,9 +178,11 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     network = load.network()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     gradients = load.part(trained)
-    states, update = _optimizer(load, trained)
+    states, update = _optimizer(load, network)
     held = {"weights": load.part(network.parameters()), "buffers": nbytes(network.buffers())}
     held |= {"optimizer states": states}
+    if load.averaged:
+        held["averages of the trained weights"] = sum(held_bytes(weight) for weight in trained)
     held |= _because_of_ranks(load, network, gradients)
     if load.cuda:
         held["CUDA context and gaps (assumed)"] = int(_RESERVE)
@@ -156,7 +190,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
     setting = Setting(
         dtype=load.products,
         precision=load.precision if load.products == load.dtype else _TRUE[load.products],
-        attention=implementation_of(network.base.get_decoder()) if load.attention is None else load.attention,
+        attention=implementation_of(network.decoder) if load.attention is None else load.attention,
         recomputation=kind,
         cuda=load.cuda,
         chunk_rows=load.chunk_rows or _chunk_rows(load, network, sum(held.values()) + gradients),
@@ -165,6 +199,9 @@ def memory(load: Load, kind: Recomputation) -> Memory:
         together=load.together,
         targets=load.targets,
         four_bits=load.four_bits,
+        embeddings_trained=load.embeddings_trained,
+        router=load.router,
+        freezing=load.freezing,
     )
     run = rehearse(load.config, load.lora, load.shape, setting)
     if not load.cuda:
@@ -175,7 +212,7 @@ def memory(load: Load, kind: Recomputation) -> Memory:
 def _because_of_ranks(load: Load, network: WeightedLM, gradients: int) -> dict[str, int]:
     """What a device holds of other ranks' parts, and of a frozen copy, by name."""
     found: dict[str, int] = {}
-    copied = replace(load, lora=None).network() if load.compared else None
+    copied = network if load.compared else None  # adapters included
     if copied is not None:
         found["frozen copy of the initial model"] = load.part(copied.parameters())
     if load.dealing is not None:
@@ -202,17 +239,23 @@ def _chunk_rows(load: Load, network: WeightedLM, taken: int) -> int:
     return max(128, rows)
 
 
-def _optimizer(load: Load, trained: list[nn.Parameter]) -> tuple[int, int]:
-    """Bytes of the optimizer's states, and those that its step takes for a moment, learnt from a small weight."""
-    states, foreach = 0.0, False
-    for dtype in {parameter.dtype for parameter in trained}:
-        small = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+def _optimizer(load: Load, network: WeightedLM) -> tuple[int, int]:
+    """Bytes of the optimizer's states, and those that its step takes for a moment, measured on small parameters."""
+    optimization, kinds = Optimization(load.optimizer, load.muon_adamw), kinds_of(network.model)
+    alike: dict[tuple[torch.dtype, bool, bool], list[nn.Parameter]] = {}
+    for parameter in filter(lambda each: each.requires_grad, network.parameters()):
+        key = parameter.dtype, kinds[parameter] == "matrix", parameter.dim() == 1
+        alike.setdefault(key, []).append(parameter)
+    states, update = 0.0, 0
+    for (dtype, is_matrix, is_flat), parameters in alike.items():
+        small = nn.Parameter(torch.zeros(256 * 256 if is_flat else (256, 256), dtype=dtype))
         small.grad = torch.zeros_like(small)
-        optimizer = load.optimizer([small])
+        optimizer = optimization.over(small, "matrix" if is_matrix else "other")
         optimizer.step()
         made = nbytes(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-        states += made / nbytes([small]) * load.part(p for p in trained if p.dtype == dtype)
+        states += made / nbytes([small]) * load.part(parameters)
         defaults = optimizer.defaults
         plain = load.cuda and not load.fused and not defaults.get("fused")
-        foreach = plain and "foreach" in defaults and defaults["foreach"] is not False
-    return int(states), load.part(trained) if foreach else 0
+        if plain and "foreach" in defaults and defaults["foreach"] is not False:
+            update += load.part(parameters)
+    return int(states), update

@@ -10,15 +10,20 @@ import torch
 from dft_lightning.attention import refuse_attention
 from dft_lightning.compilation import refuse_changing_shapes
 from dft_lightning.data_weights import check_data_weights
+from dft_lightning.embedding_rows import config_with_rows, prepare_source
+from dft_lightning.errors import UserError
+from dft_lightning.loss_terms import refuse_unsupported, wants_router_loss
 from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import ModelFlops, NotCountedError, model_flops
-from dft_lightning.planning.memory import KINDS, Load, Memory, memory, targets_of
+from dft_lightning.planning.memory import KINDS, Load, Memory, memory, sound, targets_of
 from dft_lightning.planning.peaks import Device, product_of
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.planning.work import Work, work_of
 from dft_lightning.precision import refuse_logits, weights_dtype
-from dft_lightning.recomputation import Recomputation
+from dft_lightning.recomputation import Recomputation, changes_products, refuse_selective
+from dft_lightning.row_limits import check_limits
+from dft_lightning.shapes import run_in_shapes
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -62,12 +67,14 @@ class Options:
         limits: world_size, global_rank, max_epochs, max_steps.
         utilisation: share of the peak that is expected.
         dealing: how the model is dealt out over the ranks; None where each has all of it.
+        averaged: as `Load.averaged`.
     """
 
     precision: str
     limits: SimpleNamespace
     utilisation: float
     dealing: Dealing | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,14 +124,17 @@ class Plan:
 
 def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: Place, options: Options) -> Plan:
     """Plan a fit of the module on the data."""
+    prepare_source(module)
     dtype = weights_dtype(module.dtype_choice, options.precision)
     load = Load(
-        config=config,
+        config=config_with_rows(config, module.source.embedding_rows),
         lora=module.lora,
         dtype=dtype,
         precision=options.precision,
         attention=module.source.attn_implementation,
-        optimizer=module.optimizer,
+        optimizer=module.optimization.make,
+        muon_adamw=module.optimization.muon_adamw,
+        freezing=module.freezing,
         shape=MicroBatch.full(1, 1),
         accumulates=False,
         ranks=place.devices,
@@ -137,7 +147,11 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
         targets=targets_of(module.weighting),
         dealing=options.dealing,
         four_bits=module.source.quantization is not None,
+        embeddings_trained=module.resize_embeddings is not False,
+        router=wants_router_loss(config, module.router_loss),
+        averaged=options.averaged,
     )
+    refuse_unsupported(config, module.unsupported_losses)
     refuse_logits(module.logits, load.products, options.precision)
     refuse_attention(load.attention)
     if module.compile_layers:
@@ -147,9 +161,13 @@ def make_plan(module: "FineTuner", data: "ChatDataModule", config: Any, place: P
     flops, unknown = _flops(network)
     work = work_of(data, lambda: module.tokenizer, options.limits, flops)
     check_data_weights(module.weighting, data, "fit")
+    check_limits(module, data)
     load = replace(load, shape=work.largest, accumulates=work.micro_batches > 1)
     kind, need = _in_force(module, load)
-    advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options)
+    merges = module.adapter == "merge"
+    advice, advised = (None, None) if need.peak <= place.capacity else _advice(load, kind, data.options, merges)
+    if advice is not None and "bf16-true" in advice and module.dtype_choice != "auto":
+        advice += " --model.dtype auto"  # the two would contradict each other
     parameters = list(network.parameters())
     return Plan(
         model=module.source.name,
@@ -180,7 +198,10 @@ def _flops(network: WeightedLM) -> tuple[ModelFlops | None, str]:
 def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
     """The recomputation that the module asks for, and what a device then needs."""
     asked: str = module.activation_checkpointing
-    kinds = KINDS if asked == "auto" else [kind for kind in KINDS if kind == asked]
+    kinds = sound(load) if asked == "auto" else tuple(kind for kind in KINDS if kind == asked)
+    if asked == "selective" and asked not in sound(load):
+        network = load.network()
+        refuse_selective(network.decoder, changes_products(lambda: run_in_shapes(network.decoder)))
     for kind in kinds:
         need = memory(load, kind)
         if need.peak <= load.capacity:
@@ -188,10 +209,22 @@ def _in_force(module: "FineTuner", load: Load) -> tuple[Recomputation, Memory]:
     return kind, need
 
 
-def _advice(load: Load, kind: Recomputation, data: SimpleNamespace) -> tuple[str | None, Memory | None]:
-    """The first of the lighter settings that fits, as options, and what a device then needs."""
+def _advice(load: Load, kind: Recomputation, data: SimpleNamespace, merges: bool) -> tuple[str | None, Memory | None]:
+    """The first of the lighter settings that fits, as options, and what a device then needs.
+
+    Args:
+        merges: whether an adapter is merged before the training, which 4 bits do not go with.
+    """
+    kinds = {*sound(load), kind}
     for options, lighter, other in _lighter(load, kind, data):
-        need = memory(lighter, other)
+        if lighter.four_bits and not load.four_bits and (merges or (load.lora and load.lora.modules_to_save)):
+            continue
+        if other not in kinds:
+            continue
+        try:
+            need = memory(lighter, other)
+        except UserError:  # this model does not support it
+            continue
         if need.peak <= load.capacity:
             return options, need
     return None, None
@@ -221,7 +254,8 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
         for other in KINDS[KINDS.index(kind) :]:
             added = "" if other == kind else f" --model.activation_checkpointing {other}"
             yield f"{given}--model.lora.rank 8{added}", replace(load, lora=LoRA()), other
-    if not load.four_bits and load.dealing is None and not (load.lora and load.lora.dora):
+    possible = load.dealing is None and not load.embeddings_trained and not (load.lora and load.lora.dora)
+    if not load.four_bits and possible:
         adapters = "" if load.lora else "--model.lora.rank 8 "
         four = replace(load, lora=load.lora or LoRA(), four_bits=True)
         yield f"{full} {adapters}--model.quantization nf4", four, "full"
@@ -230,7 +264,7 @@ def _lighter(load: Load, kind: Recomputation, data: SimpleNamespace) -> Iterator
 def _can_be_dealt(load: Load) -> bool:
     """Whether each rank has all, and fsdp2 would not refuse the run."""
     refused = load.precision == "16-mixed" or load.four_bits or (load.lora is not None and load.lora.dora)
-    return load.ranks > 1 and load.dealing is None and not refused
+    return load.ranks > 1 and load.dealing is None and not refused and not load.averaged
 
 
 def _fused(load: Load) -> str:

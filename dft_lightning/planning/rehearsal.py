@@ -18,15 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from dft_lightning.adapter_names import of_adapter
 from dft_lightning.attention import inputs
+from dft_lightning.attention_choice import built
 from dft_lightning.data.batch import Batch, Collator
+from dft_lightning.decoder import decoder_of
+from dft_lightning.embedding_rows import train_embeddings
+from dft_lightning.freezing import NOTHING, Freezing
 from dft_lightning.logprob.products import only_native_bfloat16
 from dft_lightning.logprob.rows import block_rows
 from dft_lightning.logprob.targets import GPU_BLOCK_BYTES
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.planning.four_bits import pack, refuse_dora
+from dft_lightning.planning.grouped_products import GroupedProducts
 from dft_lightning.planning.live_bytes import LiveBytes
 from dft_lightning.recomputation import Recomputation, recompute
+from dft_lightning.router_loss import recording, routing_of
+from dft_lightning.shapes import shapes_only
 
 _TARGET_BLOCKS = 6  # of a block's rows: logits, log p, the reference's, targets, gradient, and one in the making
 _TOLD = "varlen_rehearsed"  # an implementation that is told the documents, as its name says
@@ -80,8 +88,11 @@ class Setting:
         accumulates: whether gradients of earlier micro-batches are there.
         narrow_logits: whether the loss holds logits in the products' precision.
         together: whether all rows of a chunk are weighed together.
+        router: whether there is a router loss.
         targets: 1 where there are targets over the vocabulary, 2 where these want the reference's logits, too.
         four_bits: whether the weights beside adapters are held in 4 bits.
+        embeddings_trained: whether embedding and head are trained next to adapters.
+        freezing: what of the model is not trained.
     """
 
     dtype: torch.dtype
@@ -95,6 +106,9 @@ class Setting:
     together: bool = False
     targets: int = 0
     four_bits: bool = False
+    embeddings_trained: bool = False
+    router: bool = False
+    freezing: Freezing = NOTHING
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -124,7 +138,7 @@ def skeleton(
 ) -> Any:
     """The model without its weights, on the meta device, in training mode.
 
-    Lightning casts all parameters where the precision is a half one and "true", adapters in float32 among them.
+    Lightning casts all parameters where the precision is a half one and "true"; adapters keep theirs.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -133,15 +147,20 @@ def skeleton(
     made: Any = AutoModelForCausalLM
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # of a model that is there already
+
+    def build(attention: str | None) -> Any:
+        return made.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
     with torch.device("meta"):
-        model = made.from_config(config, dtype=dtype, attn_implementation=named)
+        model = built(build, attention, named)
         if four_bits:
             refuse_dora(lora)
             pack(model, _MIXED.get(precision, dtype))
         model = (model if lora is None else add_lora(model, lora)).train()
     if precision in _CASTS:
-        for parameter in filter(Tensor.is_floating_point, model.parameters()):
-            parameter.data = parameter.data.to(_CASTS[precision])
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not of_adapter(name):
+                parameter.data = parameter.data.to(_CASTS[precision])
     return model
 
 
@@ -162,15 +181,18 @@ def _faked(model: nn.Module) -> None:
 def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting) -> Footprint:
     """Forward and backward pass of a micro-batch, in shapes."""
     batch = shape.batch()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with shapes_only() as fake:
         # transformers leaves the mask out of sdpa where it can, but not while it is traced
         plain = setting.attention == "sdpa" and not shape.packed
         attention = _TOLD if plain else setting.attention
         with unset_fake_temporarily():
             model = skeleton(config, lora, setting.dtype, setting.precision, attention, setting.four_bits)
+            if setting.embeddings_trained:
+                train_embeddings(model)
+            setting.freezing.apply(model)
         _faked(model)
         base = model if lora is None else model.get_base_model()
-        recompute(base.get_decoder(), setting.recomputation)
+        recompute(decoder_of(base), setting.recomputation)
         given = _to(fake, batch)
         trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
         if setting.accumulates:
@@ -178,25 +200,27 @@ def rehearse(config: Any, lora: LoRA | None, shape: MicroBatch, setting: Setting
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         before = [*base.parameters(), *base.buffers(), *_tensors(given), *gradients]
-        with LiveBytes(before) as live:
+        with GroupedProducts(), LiveBytes(before) as live:
             return _run(base, given, shape.supervised, setting, live)
 
 
 def _run(base: Any, batch: Batch, supervised: int, setting: Setting, live: LiveBytes) -> Footprint:
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
     told = batch.position_ids is not None and decoder.config._attn_implementation == _TOLD
     capped = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
     casting = nullcontext() if setting.autocast is None else torch.autocast("cpu", setting.autocast)
     with casting:
-        states = decoder(**inputs(batch, _TOLD if told else "")).last_hidden_state  # (B, T, H)
-        flat = states.flatten(0, 1).index_select(0, torch.zeros(supervised, dtype=torch.long))
-        del states
+        output = decoder(**inputs(batch, _TOLD if told else ""), **recording(decoder, setting.router))
+        flat = output.last_hidden_state.flatten(0, 1).index_select(0, torch.zeros(supervised, dtype=torch.long))
+        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool)
+        balance = routing_of(output.router_logits, real, 1).balance if setting.router else 0.0
+        del output
         saved = live.now
         forward_peak, live.peak = live.peak, live.now
         loss = _LossHead.apply(flat, head.weight, setting, capped)  # type: ignore[no-untyped-call]
         del flat
         head_peak = live.peak - saved
-    loss.backward()
+    (loss + balance).backward()
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     return Footprint(saved, head_peak, max(forward_peak, live.peak), gradients)
 

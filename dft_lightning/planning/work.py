@@ -53,13 +53,14 @@ def work_of(data: "ChatDataModule", tokenizer: Any, limits: SimpleNamespace, flo
     try:
         data.tokenizer = tokenizer()
         data.prepare_data()
-        rows = data._load("fit")["train"]
+        loaded = data._load("fit")
     except (UserError, OSError) as error:
         if data.tokenizer is not None and data.options.path is not None:  # a file that a fit could not read either
             raise
         reason = " ".join(str(error).split())[:200]
         return _assumed(data, limits, flops, f"assumed, every row full to max_length and supervised: {reason}")
-    data.train_rows = rows
+    rows = loaded["train"]
+    data.train_rows, data.val_rows = rows, loaded.get("val")
     refuse_no_step(data.sampler())
     return _measured(rows, data.sampler(), limits, flops, fixed=data.fixed_shape)
 

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, WeightedLM
+from dft_lightning.loading import ModelSource
+from dft_lightning.models import WeightedLM
 from dft_lightning.sharding.strategy import FSDP2Strategy
 
 if TYPE_CHECKING:

@@ -8,11 +8,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from dft_lightning.decoder import layers_of, refuse_shared
 from dft_lightning.models import WeightedLM
-from dft_lightning.recomputation import layers_of
 
 #: What runs the model beside `forward`, and wants its weights gathered as well.
-_RUN_THE_MODEL = ("logp", "reference", "check_borders")
+_RUN_THE_MODEL = (
+    *("logp", "reference", "own_loss"),
+    *("check_borders", "check_adapters", "check_recomputation", "packs_with"),
+)
 
 
 def shard(network: WeightedLM, mesh: DeviceMesh, compute: torch.dtype | None, prefetch: int) -> None:
@@ -29,7 +32,8 @@ def shard(network: WeightedLM, mesh: DeviceMesh, compute: torch.dtype | None, pr
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
     )
-    layers = layers_of(network.base.get_decoder())
+    refuse_shared(network.decoder)
+    layers = layers_of(network.decoder)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

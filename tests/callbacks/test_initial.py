@@ -9,8 +9,9 @@ from test_step_weights import Share
 
 from dft_lightning.callbacks import Checkpoints, TokenProbabilities
 from dft_lightning.callbacks.looks.initial import divergence
+from dft_lightning.loading import ModelSource, load_model
 from dft_lightning.logprob.head import log_distribution
-from dft_lightning.models import LoRA, ModelSource, WeightedLM, add_lora, load_model
+from dft_lightning.models import LoRA, WeightedLM, add_lora
 from dft_lightning.weighting import DFT, ImportanceWeighted
 
 FAST = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.5), "warmup_ratio": 0.0, "lr_schedule": "constant"}

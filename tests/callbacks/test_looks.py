@@ -20,7 +20,7 @@ from dft_lightning.callbacks.looks.probe import Probe
 from dft_lightning.callbacks.looks.report import Seen
 from dft_lightning.callbacks.looks.tally import P_EDGES, P_LABELS, POSITION_LABELS, Tally
 from dft_lightning.callbacks.looks.writing import LAYOUT, write
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 from dft_lightning.token_classes import CLASSES, class_of
 from dft_lightning.weighting import TokenStats
 

@@ -1,5 +1,6 @@
 """What a run says about itself before it starts."""
 
+import torch
 from conftest import tiny_model
 from harness import events, fit, logger
 
@@ -49,6 +50,7 @@ def test_what_lora_trains_is_counted(model_dir, rows_file):
     trained = sum(p.numel() for p in finetuner.parameters() if p.requires_grad)
     total = trained + sum(p.numel() for p in tiny_model().parameters())
     assert f"{trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained" in facts["model"]
-    assert facts["precision"] == "bf16-true, weights in bfloat16"
+    assert facts["precision"] == "bf16-true, weights in bfloat16, adapters in float32"
+    assert {p.dtype for p in finetuner.parameters() if p.requires_grad} == {torch.float32}
     assert facts["best by"] == "lowest val/nll"
     assert facts["steps"] == "1 (from step 0)"

@@ -9,7 +9,8 @@ from harness import events, fit, logger
 from dft_lightning.callbacks import Checkpoints, TokenProbabilities
 from dft_lightning.callbacks.looks.tally import P_EDGES, P_LABELS, WEIGHT_EDGES, Tally, histogram, is_stop
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA, ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import LoRA
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats
 
 PAPERS_BINS = [0, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]

@@ -12,7 +12,7 @@ from conftest import tiny_tokenizer
 from dft_lightning import FineTuner, NuminaMathDataModule
 from dft_lightning.callbacks import TokenScores
 from dft_lightning.data.batch import Collator
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, Uniform
 
 QUIET = {

@@ -69,6 +69,14 @@ def test_an_empty_packed_batch_is_one_document_of_padding():
     assert (batch.cu_seqlens.tolist(), batch.longest, len(batch)) == ([0, 1], 1, 0)
 
 
+def test_positions_of_padding_stay_within_those_of_the_sequences():
+    """A model with a table of positions needs room for the longest sequence alone."""
+    batch = Collator(packed=True, width=9)([[B, B]])
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 0, 1, 0, 1, 0]]
+    empty = Collator(packed=True, width=5, fixed=(1, 3))([])
+    assert empty.position_ids.tolist() == [[0] * 5]
+
+
 def test_a_full_row_has_no_padding_document():
     assert Collator(packed=True, width=5)([[A, B]]).cu_seqlens.tolist() == [0, 3, 5]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dft_lightning.data import NuminaMathDataModule
 from dft_lightning.data.packing import Packed, best_fit_decreasing
-from dft_lightning.models import ModelSource, load_tokenizer
+from dft_lightning.loading import ModelSource, load_tokenizer
 
 
 def test_by_hand():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dft_lightning.__main__ import main
 from dft_lightning.adapters import LoRA
 from dft_lightning.callbacks import Checkpoints, Export
-from dft_lightning.models import ModelSource, load_model
+from dft_lightning.loading import ModelSource, load_model
 
 IDS = torch.arange(3, 40)[None]
 # so that the trained model differs

@@ -8,7 +8,7 @@ import torch
 
 from dft_lightning import NuminaMathDataModule
 from dft_lightning.__main__ import main
-from dft_lightning.models import ModelSource, load_model, load_tokenizer
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer
 from dft_lightning.weighting import TokenStats
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import sums, write_jsonl
 from looking import options, train_rows, truth
 
-from dft_lightning import scoring
+from dft_lightning import initial_model
 from dft_lightning.__main__ import main
 from dft_lightning.insight.ansi import render
 from dft_lightning.insight.view import Document, Line, Score, Shown
@@ -60,7 +60,7 @@ def test_without_a_model_nothing_is_loaded(tmp_path, model_dir, rows_file, capsy
     def refuse(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(scoring, "load_model", refuse)
+    monkeypatch.setattr(initial_model, "load_model", refuse)
     status, page = inspect(tmp_path, model_dir, rows_file, "--no_model", "--first", 2)
     assert status == 0
     assert capsys.readouterr().out.count("───") == 2

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dft_lightning.data.batch import Batch
-from dft_lightning.models import ModelSource, WeightedLM, load_model
+from dft_lightning.loading import ModelSource, load_model
+from dft_lightning.models import WeightedLM
 from dft_lightning.planning.rehearsal import MicroBatch
 from dft_lightning.recomputation import recompute
 from dft_lightning.weighting import Uniform

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from tiny_families import model_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from dft_lightning.data.batch import Collator
@@ -78,6 +79,20 @@ def test_windows_are_by_layer():
     assert flops.attention == (AttentionLayers(2 * a_layer, 4),)
     flops = model_flops(WeightedLM(tiny_model("qwen2", sliding_window=4, use_sliding_window=False)))
     assert flops.attention == (AttentionLayers(2 * a_layer),)
+
+
+def test_heads_of_several_sizes_are_what_torch_counts():
+    """Gemma 4: its full attention has wider heads, and fewer of them for keys."""
+    network = WeightedLM(model_of("gemma4_text", attention="eager"))
+    batch, flops = rows([12, 12], [5, 3]), model_flops(network)
+    assert flops.attention == (AttentionLayers(4 * 4 * 16), AttentionLayers(4 * 4 * 8, 4))
+    assert counted(network, batch) == flops.of(batch.lengths, 8) + masked_pairs(batch, flops)
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "llama4_text", "mamba"])
+def test_attention_that_is_not_known_is_named(family):
+    with pytest.raises(NotCountedError, match="not known here"):
+        model_flops(WeightedLM(model_of(family)))
 
 
 def test_a_mixture_of_experts_is_refused_by_name():

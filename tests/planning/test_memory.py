@@ -58,11 +58,18 @@ def test_doras_magnitudes_are_counted():
     assert dora.micro_batch.peak > plain.micro_batch.peak
 
 
-def test_adapters_are_cast_as_lightning_casts_them():
-    """Peft makes them in float32; a run in bf16-true casts them with everything else."""
-    true = memory(load(lora=LoRA(rank=2), dtype=torch.bfloat16, precision="bf16-true"), "none")
-    wide = memory(load(lora=LoRA(rank=2), dtype=torch.bfloat16, precision="32-true"), "none")
-    assert wide.gradients == 2 * true.gradients
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_adapters_take_what_their_precision_says(precision, dtype):
+    """Whatever that of the base: weights, gradients and AdamW's two states of each."""
+    wide, ours = (
+        memory(load(lora=LoRA(rank=2, dtype=choice), dtype=torch.bfloat16, precision=precision), "none")
+        for choice in ("float32", dtype)
+    )
+    half = dtype == "bfloat16"
+    assert wide.gradients == ours.gradients * (1 + half)
+    assert wide.held["optimizer states"] == ours.held["optimizer states"] * (1 + half)
+    assert wide.held["weights"] - ours.held["weights"] == (wide.gradients // 2 if half else 0)
 
 
 def test_what_gpus_hold_beside():

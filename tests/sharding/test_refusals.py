@@ -12,11 +12,11 @@ from harness import fit
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranks import start
 
-from dft_lightning import models, scoring
+from dft_lightning import initial_model, loading
 from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints, Throughput
 from dft_lightning.errors import UserError
-from dft_lightning.models import LoRA
+from dft_lightning.models import LoRA, WeightedLM
 from dft_lightning.planning.automatic import load_of
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.flops import model_flops
@@ -112,9 +112,9 @@ def one_reads(folder: Path) -> None:
 
     def watched(source, *, empty=False):
         built.append(empty)
-        return models.load_model(source, empty=empty)
+        return loading.load_model(source, empty=empty)
 
-    scoring.load_model = watched
+    initial_model.load_model = watched
     speed, halves = Throughput(), FSDP2Strategy(compute="bfloat16")
     module = {"activation_checkpointing": "auto", "logits": "bfloat16"}
     given = {"module": module, "devices": 2, "strategy": halves, "callbacks": [speed], "max_steps": 1}
@@ -122,7 +122,7 @@ def one_reads(folder: Path) -> None:
     assert built == ([True, False] if os.environ["RANK"] == "0" else [True])
     assert load_of(found, trainer.datamodule).dealing == Dealing(2, 1, torch.bfloat16)
     assert "no peak is known of cpu, bfloat16" in speed.said
-    assert model_flops(found.network) == model_flops(models.WeightedLM(tiny_model()))
+    assert model_flops(found.network) == model_flops(WeightedLM(tiny_model()))
     assert settings_of(found)["precision"] == "32-true, computed in bfloat16"
     for strategy in ("fsdp2", FSDP2Strategy(compute="bfloat16")):
         given = {"data": {"cache_dir": str(folder / "kept")}, "devices": 2, "strategy": strategy, "max_steps": 1}
