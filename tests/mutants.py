@@ -184,7 +184,9 @@ def tests_of(file: str) -> list[str]:
 
 def preload() -> None:
     """Import what is slow to import, once, for all processes that are forked from this one."""
-    import datasets, hypothesis, lightning.pytorch.cli, matplotlib, peft, pytest, torch, transformers  # noqa: E401, F401
+    import datasets  # noqa: F401
+    import torch
+    import transformers
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
@@ -293,7 +295,7 @@ def report(rows: list[dict[str, object]]) -> int:
         print(f"survived: line {row['line']}: {key}")
     judged = max(len(valid) - equivalent, 1)
     print(
-        f"{len(valid)} mutants: {killed} killed ({counts['timeout']} of them by the time limit), {equivalent} equivalent, "
+        f"{len(valid)} mutants: {killed} killed ({counts['timeout']} by the time limit), {equivalent} equivalent, "
         f"{len(open_ones)} survivors: score {killed / judged:.1%}"
     )
     return len(open_ones)
