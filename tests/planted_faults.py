@@ -662,6 +662,11 @@ FAULTS = [
     fault(0, "results of other hardware are taken over", "../benchmarks/gpu/runner.py", '("dry_run", "machine", "code")', '("dry_run", "code")', f"{GPU}test_other_hardware_or_code_begins_from_scratch"),
     fault(0, "a part that was killed counts as finished", "../benchmarks/gpu/runner.py", "finished = done and not verdict", "finished = True", f"{GPU}test_what_was_broken_off_is_run_again"),
     fault(37, "a bound is met by what is no number", "../benchmarks/gpu/part.py", "met = self.value <= self.bound if", "met = not self.value > self.bound if", f"{GPU}test_verdicts"),
+    fault(0, "an entropy bonus takes the inner target away", "weighting/vocabulary.py", "bonus + inner", "bonus - inner", f"{TARGETS}test_an_entropy_bonus_adds_to_the_gradient_that_is_there"),
+    fault(0, "a percentage is rounded by its float", "weighting/reference.py", "len(tokens) / 100 - 1e-9)", "len(tokens) / 100 + 1e-9)", f"{EDGES}::test_rho_1_keeps_the_percentage_rounded_up"),
+    fault(0, "compiled batches have a row too many", "data/steps.py", "self.height = max([1, *", "self.height = max([2, *", f"{STEPS}test_the_height_of_batches_of_one_shape_is_that_of_the_fullest"),
+    fault(0, "a micro-batch of one token counts half", "normalizer.py", "1.0 / max(sum(batch.counts), 1)", "1.0 / max(sum(batch.counts), 2)", "tests/test_normalizer.py::test_factor_and_units"),
+    fault(0, "the order of settings tells models apart", "resume.py", "json.dumps(config, sort_keys=True, default=str)", "json.dumps(config, default=str)", "tests/test_resume.py::test_the_order_of_settings_in_config_json_is_no_difference"),
 ]  # fmt: skip
 
 

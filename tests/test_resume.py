@@ -14,7 +14,7 @@ from dft_lightning.callbacks import Checkpoints
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.errors import UserError
 from dft_lightning.models import LoRA
-from dft_lightning.resume import age, rescale_progress
+from dft_lightning.resume import age, identity, rescale_progress
 from dft_lightning.weighting import DFT, Uniform
 
 PLAIN = {"lr_schedule": "constant", "warmup_ratio": 0.0}
@@ -242,6 +242,19 @@ class TestAnotherRun:
         torch.save(checkpoint, tmp_path / "other.ckpt")
         with pytest.raises(UserError, match="not written by a training run of dft-lightning"):
             run(model_dir, rows_file, tmp_path, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_the_order_of_settings_in_config_json_is_no_difference(model_dir, rows_file, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, settings in zip(folders, ({"alpha": 1, "zeta": 2}, {"zeta": 2, "alpha": 1}), strict=True):
+        shutil.copytree(model_dir, folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(settings | json.loads(path.read_text())))
+    found = [fit(folder, rows_file, max_steps=1)[0] for folder in folders]
+    orders = [[key for key in module.network.base.config.to_dict() if key in ("alpha", "zeta")] for module in found]
+    assert orders == [["alpha", "zeta"], ["zeta", "alpha"]]  # else there is nothing to see
+    one, two = (identity(module)["model"]["architecture"] for module in found)
+    assert one == two
 
 
 class TestSettings:

@@ -105,3 +105,23 @@ def test_the_share_of_used_positions_is_that_of_the_batches():
             width = max((int(LENGTHS[row].sum()) for row in batch), default=0)
             positions += len(batch) * (500 if layout == Packed(500) else width)
         assert sampler.share_used() == pytest.approx(LENGTHS.sum() / positions)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("micro", [1, 2, 3, 5])
+def test_the_height_of_batches_of_one_shape_is_that_of_the_fullest(micro, ranks):
+    """No micro-batch of the run has more rows, and one has as many."""
+    lengths = np.random.default_rng(0).integers(3, 40, 57)
+    given = [
+        StepSampler(lengths, Geometry(16, micro, ranks, rank), seed=1, layout=Packed(64), epochs=2)
+        for rank in range(ranks)
+    ]
+    rows = [
+        len(part)
+        for one in given
+        for epoch in range(2)
+        for number in range(one.steps)
+        for part in one.step(epoch, number)
+    ]
+    assert {one.height for one in given} == {max(rows)}
+    assert max(rows) <= micro

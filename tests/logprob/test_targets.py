@@ -357,3 +357,19 @@ def test_a_target_inside_a_step_scope_mixture_gets_its_statistics():
     loss, _ = weighted_nll(*leaves, target, mixture, weight=weight, **brought)
     loss.backward()
     assert leaves[0].grad.any()
+
+
+@pytest.mark.parametrize("inner", [LabelSmoothing(0.2), ASFT(0.4), Uniform()], ids=repr)
+@pytest.mark.parametrize("strength", [0.3, -0.2])
+def test_an_entropy_bonus_adds_to_the_gradient_that_is_there(inner, strength):
+    """Its part of the gradient is that of −strength·H, whatever the weighting around which it is."""
+    leaves, target, reference, brought = problem()
+    factor = brought["factor"]
+    without = gradients(weighted_nll, inner, leaves, target, reference, brought)[2]
+    with_bonus = gradients(weighted_nll, EntropyBonus(inner, strength), leaves, target, reference, brought)[2]
+    for leaf in leaves:
+        leaf.grad = None
+    logp = (leaves[0] @ leaves[1].T).log_softmax(1)
+    (0.7 * strength * (factor[:, None] * logp.exp() * logp).sum()).backward()
+    for before, after, leaf in zip(without, with_bonus, leaves, strict=True):
+        assert relative(after - before, leaf.grad) < 1e-10

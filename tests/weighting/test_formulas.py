@@ -1,6 +1,7 @@
 """Values worked out by hand, identities, limits, scopes and refusals of the catalogue's weightings."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -247,3 +248,14 @@ NAN = float("nan")
 def test_wrong_fields_are_refused(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 100, 700])
+@pytest.mark.parametrize("percent", [0.1, 1.0, 14.0, 29.0, 33.3, 57.0, 60.0, 99.9, 100.0])
+def test_rho_1_keeps_the_percentage_rounded_up(count, percent):
+    """By exact arithmetic: 29 % of 100 tokens are 29, though 29.0 * 100 / 100 may be rounded."""
+    ref = torch.linspace(0.001, 0.999, count, dtype=torch.float64)[torch.randperm(count)]
+    kept = Rho1(percent).weights(stats([0.0009] * count, ref=ref.tolist()))
+    assert int(kept.sum()) == max(1, math.ceil(Fraction(str(percent)) * count / 100))
+    assert set(kept.tolist()) <= {0.0, 1.0}
+    assert float(ref[kept > 0].min()) > float(ref[kept == 0].max()) if 0 < kept.sum() < count else True
