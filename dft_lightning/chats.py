@@ -41,7 +41,7 @@ def refuse_unsupported(message: Mapping[str, Any]) -> None:
     if key := next((key for key in REASONING if message.get(key)), None):
         advice = f"to train on the content alone, set --data.ignore '[{key}]'"
         raise UnusableRow("reasoning outside the content is not supported", f"the key {key}; {advice}")
-    if isinstance(content, list) and content:
+    if isinstance(content, list) and any(isinstance(part, Mapping) for part in content):
         raise UnusableRow("content in parts is not supported", "write their texts as one text")
 
 

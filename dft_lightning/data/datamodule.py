@@ -138,9 +138,10 @@ class ChatDataModule(StepLoaders):
         loaded = self._load(stage)
         for name, rows in loaded.items():
             rank_zero_info(f"{name}: {rows.report}")
-        if line := unused_line({name for rows in loaded.values() for name in rows.report.unused} - self._said):
-            self._said |= {name for rows in loaded.values() for name in rows.report.unused}
+        names = {name for rows in loaded.values() for name in rows.report.unused}
+        if line := unused_line(names - self._said, self.columns.ignore):
             rank_zero_info(line)
+        self._said |= names
         self.train_rows, self._sampler = loaded.get("train", self.train_rows), None
         self.val_rows = loaded.get("val", self.val_rows)
         self.test_rows = loaded.get("test", self.test_rows)

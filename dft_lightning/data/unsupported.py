@@ -77,7 +77,11 @@ def unsupported(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
 def refuse_row(row: Mapping[str, Any], columns: Columns) -> None:
     """Raises `UnusableRow` with `REASON` if the row has such columns or keys."""
     if found := unsupported(row, columns):
-        raise UnusableRow(REASON + ", ".join(found), "; ".join(found.values()))
+        raise UnusableRow(_reason(found), "; ".join(found.values()))
+
+
+def _reason(found: Iterable[str]) -> str:
+    return REASON + ", ".join(found)
 
 
 def refuse_head(rows: datasets.Dataset, columns: Columns) -> None:
@@ -88,12 +92,11 @@ def refuse_head(rows: datasets.Dataset, columns: Columns) -> None:
     read, reasons = rows.select_columns(sorted(names)), Counter[str]()
     examples: dict[str, list[str]] = {}
     for index in range(_HEAD_ROWS):
-        try:
-            with suppress(ValueError, OverflowError, pa.ArrowException):  # counted as unreadable later on
-                refuse_row(read_row(read[index]), columns)
-        except UnusableRow as unusable:
-            reasons[unusable.reason] += 1
-            examples.setdefault(unusable.reason, []).append(f"{place_in(rows, index)}: {unusable.detail}")
+        with suppress(ValueError, OverflowError, pa.ArrowException):  # counted as unreadable later on
+            row = read_row(read[index])
+            if found := unsupported(row, columns):
+                reasons[reason := _reason(found)] += 1
+                examples.setdefault(reason, []).append(f"{place_in(rows, index)}: {'; '.join(found.values())}")
     _refuse(reasons, examples, f"the first {_HEAD_ROWS}")
 
 
@@ -123,10 +126,10 @@ def _refuse(reasons: Mapping[str, int], examples: Mapping[str, Sequence[str]], o
 
 def unused(row: Mapping[str, Any], columns: Columns) -> list[str]:
     """Columns and keys of messages that have a value and that nothing reads, as "column id" or "key name"."""
-    read = {*columns.read, *columns.ignore, *_COLUMNS, *refused_columns(columns), "source"}
+    read = {*columns.read, *_COLUMNS, *refused_columns(columns), "source"}
     names = [f"column {name}" for name in row if name not in read and row[name] is not None]
     keys = {key for _, message in _messages(row, columns) for key in message if message[key] is not None}
-    names += [f"key {key}" for key in sorted(keys - _READ_KEYS - set(columns.ignore))]
+    names += [f"key {key}" for key in sorted(keys - _READ_KEYS)]
     return [f"{name:.60}" for name in islice(names, _MOST_NAMES)]
 
 
@@ -138,8 +141,9 @@ def unused_names(rows: datasets.Dataset, notes: pa.ChunkedArray, columns: Column
     return sorted(names)[: 2 * _MOST_NAMES]
 
 
-def unused_line(names: Iterable[str]) -> str:
-    """For the log: what the rows have and nothing reads; "" where there is nothing."""
+def unused_line(names: Iterable[str], ignore: Sequence[str] = ()) -> str:
+    """For the log: what the rows have and nothing reads, without what is to be ignored; "" where there is nothing."""
+    names = [name for name in names if name.partition(" ")[2] not in ignore]
     kinds = {"column": "columns", "key": "keys of messages"}
     found = {kind: sorted(name.partition(" ")[2] for name in names if name.startswith(kind)) for kind in kinds}
     parts = [f"{kinds[kind]} {', '.join(map(repr, each[:_MOST_NAMES]))}" for kind, each in found.items() if each]
