@@ -10,7 +10,7 @@ class NuminaMathDataModule(ChatDataModule):
 
     The problem is one user turn, without a suffix; the answer is the raw solution and the tokenizer's eos token.
     Arguments are those of `ChatDataModule`; `path` takes local files of the same columns in place of the hub set. Its
-    column `messages` is the same problem and solution, and is not listed as not used.
+    column `messages` is the same problem and solution, so that `ignore` is by default the one of both that is not read.
     """
 
     def __init__(
@@ -26,6 +26,8 @@ class NuminaMathDataModule(ChatDataModule):
     ) -> None:
         if path is None and dataset is None:
             dataset = "AI-MO/NuminaMath-CoT"
+        if ignore is None:
+            ignore = sorted({"messages", "problem", "solution"} - {messages, prompt, completion})
         super().__init__(
             path,
             dataset,
@@ -33,6 +35,6 @@ class NuminaMathDataModule(ChatDataModule):
             prompt=prompt,
             completion=completion,
             end_of_response=end_of_response,
-            ignore=["messages"] if ignore is None else ignore,
+            ignore=ignore,
             **kwargs,
         )

@@ -61,6 +61,11 @@ def refused_columns(columns: Columns) -> tuple[str, ...]:
     return tuple(name for name in (*_COLUMNS, *partner) if name not in {*columns.read, *columns.ignore})
 
 
+@lru_cache
+def _read_columns(columns: Columns) -> frozenset[str]:
+    return frozenset({*columns.read, *_COLUMNS, *refused_columns(columns), "source"})
+
+
 def unsupported(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """What the row has of such columns and keys, as "column tools" or "key train", and an example of each."""
     found: dict[str, str] = {}
@@ -68,8 +73,8 @@ def unsupported(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
         if name in row and not _says_nothing(row[name]) and not (name in _SYSTEM and _is_repeated(row, columns, name)):
             found[f"column {name}"] = f"{row[name]!r:.60}"
     for index, message in _messages(row, columns):
-        for key in _KEYS & message.keys() - set(columns.ignore):
-            if not _is_default(key, message):
+        for key in _KEYS & message.keys():
+            if key not in columns.ignore and not _is_default(key, message):
                 found.setdefault(f"key {key}", f"message {index} has {key}: {message[key]!r:.40}")
     return dict(sorted(found.items()))
 
@@ -126,10 +131,10 @@ def _refuse(reasons: Mapping[str, int], examples: Mapping[str, Sequence[str]], o
 
 def unused(row: Mapping[str, Any], columns: Columns) -> list[str]:
     """Columns and keys of messages that have a value and that nothing reads, as "column id" or "key name"."""
-    read = {*columns.read, *_COLUMNS, *refused_columns(columns), "source"}
-    names = [f"column {name}" for name in row if name not in read and row[name] is not None]
-    keys = {key for _, message in _messages(row, columns) for key in message if message[key] is not None}
-    names += [f"key {key}" for key in sorted(keys - _READ_KEYS)]
+    read = _read_columns(columns)
+    names = [f"column {name}" for name in row.keys() - read if row[name] is not None]
+    keys = {key for _, at in _messages(row, columns) for key in at.keys() - _READ_KEYS if at[key] is not None}
+    names = sorted(names) + [f"key {key}" for key in sorted(keys)]
     return [f"{name:.60}" for name in islice(names, _MOST_NAMES)]
 
 

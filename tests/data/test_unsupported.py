@@ -245,6 +245,14 @@ class TestWhatIsListed:
             data = made(tmp_path, [row], NuminaMathDataModule)
             made(tmp_path, [row | {"level": 1}], NuminaMathDataModule)
         assert len(data.train_rows) == 1
+        assert (
+            len(
+                made(
+                    tmp_path, [row], NuminaMathDataModule, messages="messages", prompt=None, completion=None
+                ).train_rows
+            )
+            == 1
+        )
         assert [r.message for r in caplog.records if "Not used" in r.message] == [
             "Not used: columns 'level' (data.ignore takes names off this list)"
         ]
