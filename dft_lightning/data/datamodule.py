@@ -12,6 +12,7 @@ from dft_lightning.data.packing import Grouping
 from dft_lightning.data.rows import StageRows, split_rows
 from dft_lightning.data.sources import Columns
 from dft_lightning.data.store import TokenizedRows
+from dft_lightning.data.unsupported import unused_line
 
 if TYPE_CHECKING:
     from dft_lightning.data.rendering import ChatRenderer
@@ -33,6 +34,8 @@ class ChatDataModule(StepLoaders):
         weight: column of the row's weight, a number, or of a list with one for each supervised token; for a weighting
             such as DataWeighted.
         message_weights: the key weight of an assistant message is its weight; false to pass over such keys.
+        ignore: columns, and keys of messages, to pass over on purpose, for instance [tools, train]: those that would be
+            refused because they say what is shown or trained on, and those that would be listed as not used.
         system_prompt: put before chats that have no system message.
         end_of_response: how the last answer ends: with the template's own stop token, or with the tokenizer's eos.
         template_kwargs: further arguments of the chat template.
@@ -72,6 +75,7 @@ class ChatDataModule(StepLoaders):
         completion: str | None = None,
         weight: str | None = None,
         message_weights: bool = True,
+        ignore: list[str] | None = None,
         system_prompt: str | None = None,
         end_of_response: Literal["template", "eos"] = "template",
         template_kwargs: dict[str, Any] | None = None,
@@ -99,8 +103,9 @@ class ChatDataModule(StepLoaders):
             **{key: value for key, value in locals().items() if key not in {"self", "__class__"}}
         )
         super().__init__()
-        self.columns = Columns(messages, prompt, completion, weight)
+        self.columns = Columns(messages, prompt, completion, weight, tuple(ignore or ()))
         self._rows_reader: StageRows | None = None
+        self._said: set[str] = set()  # what was listed as not used
         refuse_options(self.options)
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -133,6 +138,10 @@ class ChatDataModule(StepLoaders):
         loaded = self._load(stage)
         for name, rows in loaded.items():
             rank_zero_info(f"{name}: {rows.report}")
+        names = {name for rows in loaded.values() for name in rows.report.unused}
+        if line := unused_line(names - self._said, self.columns.ignore):
+            rank_zero_info(line)
+        self._said |= names
         self.train_rows, self._sampler = loaded.get("train", self.train_rows), None
         self.val_rows = loaded.get("val", self.val_rows)
         self.test_rows = loaded.get("test", self.test_rows)

@@ -29,6 +29,8 @@ class PracticeDataModule(ChatDataModule):
         self.held_out = list(self.files.values())[1]
         """The rows to validate on, in NuminaMath-CoT's schema."""
         train, val = (str(path) for path in self.files)
+        if kwargs.get("ignore") is None:  # the same as the messages
+            kwargs["ignore"] = sorted({"problem", "solution"} - {kwargs.get("prompt"), kwargs.get("completion")})
         super().__init__(path=train, val_path=val, **kwargs)
 
     def prepare_data(self) -> None:

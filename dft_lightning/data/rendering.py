@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
 from dft_lightning.chats import Chat, Message, UnusableRow, checked, turns
 from dft_lightning.errors import UserError
+from dft_lightning.template_fit import REWRITES, Parts, fitted
+from dft_lightning.thoughts import behind, thoughts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +35,6 @@ CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REFUSED = "the chat template refuses these roles"
 NO_STOP = "no stop token after an assistant turn"
 PROBES = ("1 + 1 = 2", "\n leading", "\n\ntwo", "trailing \n", " Ω≈ç, 你好 🙂", "12345 6789", "- {x}\n\n```\ty\n```")
-
-Parts: TypeAlias = list[tuple[str, str]]  # (role, text), the role "" for what the template writes itself
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ChatRenderer:
     `system_prompt` goes before rows without a system message. `end_of_response` is what ends the last assistant turn:
     "template", what the chat template writes there, or "eos", the `eos_token` behind the generation prompt and the
     answer just as it is given (the recipe of "On the Generalization of SFT", arXiv:2508.05629). `template_kwargs` are
-    variables for the template, for instance `enable_thinking`.
+    variables for the template, for instance `enable_thinking`. `advise`: refusals name options that were found to work.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class ChatRenderer:
         system_prompt: str | None = None,
         end_of_response: Literal["template", "eos"] = "template",
         template_kwargs: Mapping[str, Any] | None = None,
+        advise: bool = True,
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer has no chat template: set one ({', '.join(TEMPLATES)}, or a .jinja file)")
@@ -84,6 +85,10 @@ class ChatRenderer:
             raise UserError('end_of_response "eos": the tokenizer has no eos_token; set one, or use "template"')
         self.tokenizer = tokenizer
         self._system_prompt = system_prompt
+        self._options: dict[str, Any] = {"system_prompt": system_prompt, "end_of_response": end_of_response}
+        self._options["template_kwargs"] = template_kwargs
+        self._advise, self._proved, self._thoughts = advise, False, ""
+        self._advice: dict[str, str] = {}  # by case
         self._eos = str(tokenizer.eos_token) if end_of_response == "eos" else None
         self._template = CLOCK.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), tokenizer.get_chat_template())
         self._template_kwargs = {"date_string": FIXED_DATE.strftime("%d %b %Y"), **(template_kwargs or {})}
@@ -103,6 +108,7 @@ class ChatRenderer:
         self._anchor = "" if self._decode(lone + lone) == "aa" else "\n"
         self._lead = ""  # white space between the generation prompt and the answer, which the model has to write
         self._prove()
+        self._proved = True
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """One conversation. Raises `UnusableRow`."""
@@ -140,6 +146,7 @@ class ChatRenderer:
         content = backend.to_str().partition('"added_tokens"')[2] if backend else self.tokenizer.get_vocab()
         whole = repr([content, self.tokenizer.special_tokens_map, self._template])
         options = {"system_prompt": self._system_prompt, "eos": self._eos, "template_kwargs": self._template_kwargs}
+        options |= {"thoughts": self._thoughts} if self._thoughts and self._eos else {}  # other identities stay
         return {"rendering": RENDERING_VERSION, "tokenizer": hashlib.sha256(whole.encode()).hexdigest(), **options}
 
     def _plan(self, messages: Sequence[Message]) -> list[_Segment]:
@@ -150,17 +157,23 @@ class ChatRenderer:
             raise UnusableRow("no assistant turn")
         if not all(message["content"].strip() for message in chat if message["role"] == "assistant"):
             raise UnusableRow("empty assistant turn")
-        return self._segments(self._lay_out(chat[:-1], chat[-1]["content"]))
+        try:
+            return self._segments(self._lay_out(chat[:-1], chat[-1]["content"]))
+        except UnusableRow as unusable:
+            if unusable.reason != REWRITES or not self._proved:
+                raise
+            raise UnusableRow(REWRITES, f"{unusable.detail}; {self._advised(unusable.detail, messages)}") from unusable
 
     def _lay_out(self, asking: Chat, answer: str) -> Parts:
         if self._eos is None:
             return self._cut([*asking, {"role": "assistant", "content": answer}])
-        return [*self._cut(asking), ("assistant", answer), ("", self._eos)]
+        asked = self._cut(asking)
+        return [*asked, ("assistant", behind(asked[-1][1], answer)), ("", self._eos)]
 
     def _cut(self, chat: Chat) -> Parts:
         literals, order = self._scaffold(tuple(message["role"] for message in chat))
         contents = [(chat[index]["role"], chat[index]["content"]) for index in order]
-        return _fitted(self._apply(chat, generation=self._eos is not None), literals, contents)
+        return fitted(self._apply(chat, generation=self._eos is not None), literals, contents)
 
     def _scaffold(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]]:
         """The literals around the contents, and which message each content is; found once a sequence of roles."""
@@ -240,15 +253,24 @@ class ChatRenderer:
         try:
             self._prove_probes()
             asked = self._apply(checked(turns("x")[:1], self._system_prompt), generation=True)
+            self._thoughts = thoughts_in(asked)
             before = self.prompt(turns("x"))
             if not before.startswith(asked):
                 raise UnusableRow("its generation prompt is not what it writes before an answer", repr(asked[-40:]))
             self._lead = "" if before.removeprefix(asked).strip() else before.removeprefix(asked)
             self._prove_probes()
         except UnusableRow as unusable:
-            raise UserError(
-                f'the chat template cannot be masked exactly: {unusable}; choose another, or end_of_response "eos"'
-            ) from unusable
+            advice = self._advised("", turns("x"))
+            raise UserError(f"the chat template cannot be masked exactly: {unusable}; {advice}") from unusable
+
+    def _advised(self, case: str, messages: Sequence[Message]) -> str:
+        """What helps in such a case: tried with the first one."""
+        from dft_lightning.data.alternatives import alternatives
+
+        if self._advise and case not in self._advice:
+            templates = {name: load_chat_template(name) for name in TEMPLATES}
+            self._advice[case] = alternatives(type(self), self.tokenizer, self._options, templates, messages)
+        return self._advice.get(case, "choose another template")
 
     def _prove_probes(self) -> None:
         for texts in [(text,) for text in PROBES] + [(text, text) for text in PROBES]:
@@ -266,16 +288,3 @@ class ChatRenderer:
                 if self._decode(stop + left + right) != self._decode(whole):
                     raise UnusableRow("its pieces do not add up to the whole in tokens", repr(text.text))
                 stop = [self._ids[text.stop]]
-
-
-def _fitted(rendered: str, literals: list[str], contents: list[tuple[str, str]]) -> Parts:
-    """Literals and contents as they stand in the rendering: a template may trim a text, but not change it otherwise."""
-    parts, at = [("", literals[0])], len(literals[0])
-    for (role, text), following in zip(contents, literals[1:], strict=True):
-        shapes = (text, text.strip(), text.lstrip("\n"), text.lstrip(), text.rstrip())
-        shape = next((shape for shape in shapes if rendered.startswith(shape + following, at)), text)
-        parts += [(role, shape), ("", following)]
-        at += len(shape + following)
-    if "".join(text for _, text in parts) != rendered:
-        raise UnusableRow("the chat template rewrites a message")
-    return parts

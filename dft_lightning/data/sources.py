@@ -14,13 +14,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.chats import UnusableRow
-from dft_lightning.data.readers import READERS, listed, read_row, refuse_cut, write_arrow
+from dft_lightning.chats import TOOL_RESULTS, UnusableRow, refuse_unsupported
+from dft_lightning.data.readers import LINE, READERS, listed, read_row, refuse_cut, write_arrow
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _SPLITS = {
     "test": {"test", "eval"},
 }
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT_ROLES |= {role: role for role in ("developer", "function_call", *TOOL_RESULTS)}  # to be refused by name
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Columns:
     """The assistant's answer to the prompt."""
     weight: str | None = None
     """How much the row counts, or each of its supervised tokens: see `data/weights.py`."""
+    ignore: tuple[str, ...] = ()
+    """Columns and keys of messages that are passed over: see `data/unsupported.py`."""
 
     def __post_init__(self) -> None:
         pair = (self.prompt, self.completion)
@@ -55,6 +59,8 @@ class Columns:
             object.__setattr__(self, "messages", None)
         if any(pair) != all(pair) or any(pair) == bool(self.messages):
             raise UserError(f"name either data.messages, or both data.prompt and data.completion; got {self}")
+        if needed := {*self.read, "role", "content", "from", "value"}.intersection(self.ignore):
+            raise UserError(f"data.ignore names what the rows are read from: {listed(needed)}; take it off that list")
 
     @property
     def wanted(self) -> list[str]:
@@ -166,6 +172,26 @@ def _file_rows(files: Mapping[str, Path], cache_dir: str | os.PathLike[str] | No
     return datasets.Dataset(table, fingerprint=key)
 
 
+def require_columns(rows: datasets.Dataset, columns: Columns) -> None:
+    """A UserError if no row has what a conversation is made of."""
+    seen = set(read_row(dict.fromkeys(rows.column_names)))
+    if LINE in seen:
+        seen = set()
+        for raw in rows:
+            with suppress(UnusableRow):
+                seen |= read_row(raw).keys()
+            if seen.issuperset(columns.read):  # as a rule the first row
+                break
+    missing = [name for name in columns.wanted if name not in seen]
+    if missing and seen:  # where no line can be read, the report says so
+        raise UserError(
+            f"no row has the column {listed(missing)}; there are {listed(seen)}. Name the one of the conversation in "
+            "data.messages, or those of its two sides in data.prompt and data.completion"
+        )
+    if columns.weight is not None and columns.weight not in seen and seen:
+        raise UserError(f"no row has the column {columns.weight!r} of data.weight; there are {listed(seen)}")
+
+
 def conversation(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
     """The row's messages, each with role and content as text and whatever else it has. Raises `UnusableRow`."""
     row = read_row(row)
@@ -175,8 +201,15 @@ def conversation(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any
         if cell is None:
             raise UnusableRow("a column is missing or null", name)
         is_text = isinstance(cell, str) and columns.messages is None
+        cell = _without(cell, columns.ignore) if columns.ignore else cell
         messages += _messages([{"role": role, "content": cell}] if is_text else cell)
     return messages
+
+
+def _without(cell: Any, ignored: tuple[str, ...]) -> Any:
+    if not isinstance(cell, list):
+        return cell
+    return [{k: v for k, v in item.items() if k not in ignored} if isinstance(item, Mapping) else item for item in cell]
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -192,6 +225,8 @@ def _message(item: Mapping[str, Any]) -> dict[str, Any]:
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str):
         raise UnusableRow("a message has no known role", f"got {item!r:.60}")
+    if not isinstance(content, str) or not content.strip():
+        refuse_unsupported(item)  # an empty text beside a tool call is as it should be
     if not isinstance(content, str):
         raise UnusableRow("a message is not text", f"got {content!r:.60}")
     if not content.strip() and role != "system":  # an empty system message is common: it says that there be no default

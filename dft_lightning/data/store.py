@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,6 +39,8 @@ class Report:
     """Rows that have weights of their own."""
     unequal: bool = False
     """Whether any of these weights is not 1."""
+    unused: list[str] = field(default_factory=list)
+    """What the usable rows have and nothing reads, as "column id" or "key name"."""
 
     def __str__(self) -> str:
         parts = [f"{self.used} of {self.rows} rows used"]

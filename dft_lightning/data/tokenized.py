@@ -19,9 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dft_lightning.chats import UnusableRow
-from dft_lightning.data.readers import LINE, listed, place_in, read_row
-from dft_lightning.data.sources import Columns, conversation
+from dft_lightning.data.readers import LINE, place_in, read_row
+from dft_lightning.data.sources import Columns, conversation, require_columns
 from dft_lightning.data.store import TOO_LONG, Report, Store, TokenizedRows
+from dft_lightning.data.unsupported import (
+    EFFECTIVE,
+    refuse_head,
+    refuse_report,
+    refuse_row,
+    refused_columns,
+    unused,
+    unused_names,
+)
 from dft_lightning.data.weights import RowWeight, message_weights, row_weight, token_weights
 from dft_lightning.errors import UserError
 
@@ -35,7 +44,7 @@ log = logging.getLogger(__name__)
 TOKENIZED_VERSION = 2
 """Part of the key: to be raised whenever the same rows and rendering come out as another artefact."""
 
-_FORMAT = "3"  # of the artefact; part of its name, but not of the key, which is what the tokens are
+_FORMAT = "4"  # of the artefact; part of its name, but not of the key, which is what the tokens are
 
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 22  # of what is tokenised in one go
@@ -51,6 +60,7 @@ _COLUMNS = {
     "source": pa.string(),
     "reason": pa.string(),  # why the row cannot be used; "" if it can
     "detail": pa.string(),
+    "unused": pa.string(),  # what the row has and nothing reads, in lines
 }
 
 
@@ -81,36 +91,17 @@ def tokenize(
             "expected data.max_length of at least 2, data.overlength truncate or drop, data.max_unusable_share from 0 "
             f"to 1; got {max_length}, {overlength}, {max_unusable_share}"
         )
-    _require_columns(rows, columns)
+    require_columns(rows, columns)
     task = _Task(renderer, columns, max_length, overlength, message_weights)
     key = task.key(rows._fingerprint)
     folder = Path(cache_dir) / f"{key}-{_FORMAT}"
     store = _open(folder)
     if store is None:
+        refuse_head(rows, columns)
         _build(rows, task, folder, _workers(len(rows)) if workers is None else workers)
         store = Store(folder)
     _judge(store.report, max_unusable_share)
     return TokenizedRows(store, np.flatnonzero(store.targets), key)
-
-
-def _require_columns(rows: datasets.Dataset, columns: Columns) -> None:
-    """A UserError if no row has what a conversation is made of."""
-    seen = set(read_row(dict.fromkeys(rows.column_names)))
-    if LINE in seen:
-        seen = set()
-        for raw in rows:
-            with suppress(UnusableRow):
-                seen |= read_row(raw).keys()
-            if seen.issuperset(columns.read):  # as a rule the first row
-                break
-    missing = [name for name in columns.wanted if name not in seen]
-    if missing and seen:  # where no line can be read, the report says so
-        raise UserError(
-            f"no row has the column {listed(missing)}; there are {listed(seen)}. Name the one of the conversation in "
-            "data.messages, or those of its two sides in data.prompt and data.completion"
-        )
-    if columns.weight is not None and columns.weight not in seen and seen:
-        raise UserError(f"no row has the column {columns.weight!r} of data.weight; there are {listed(seen)}")
 
 
 class _Row(NamedTuple):
@@ -120,6 +111,7 @@ class _Row(NamedTuple):
     source: str
     of_row: RowWeight | None = None
     of_messages: list[float] | None = None
+    unused: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,16 +129,18 @@ class _Task:
         parts += [self.max_length, self.overlength]
         parts += [{"weight": self.columns.weight}] if self.columns.weight is not None else []  # keys of before stay
         parts += [] if self.message_weights else [{"message_weights": False}]
+        parts += [{"ignore": ignored}] if (ignored := sorted(EFFECTIVE.intersection(self.columns.ignore))) else []
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> pa.Table:
-        names = [name for name in batch if name in {LINE, "source", *self.columns.read}]
+        names = [name for name in batch if name in {LINE, "source", *self.columns.read, *refused_columns(self.columns)}]
         read = [self._read(raw) for raw in _raws(batch, names)]
         rendered = self._rendered([row.chat for row in read if not isinstance(row.chat, UnusableRow)])
         rows = [self._cells(row, row.chat if isinstance(row.chat, UnusableRow) else next(rendered)) for row in read]
         table = {name: [row.get(name, "") for row in rows] for name in _COLUMNS}
-        return pa.table(table | {"source": [row.source for row in read]}, schema=pa.schema(_COLUMNS))
+        notes = {"source": [row.source for row in read], "unused": [row.unused for row in read]}
+        return pa.table(table | notes, schema=pa.schema(_COLUMNS))
 
     def _rendered(self, chats: list[list[dict[str, Any]]]) -> Iterator[Rendered | UnusableRow]:
         """Piece by piece: the tokens of a thousand rows of a megabyte each would not fit in memory."""
@@ -165,9 +159,11 @@ class _Task:
         try:
             row = read_row(raw)
             source = _storable(row.get("source"))
+            refuse_row(row, self.columns)
             chat, column = conversation(row, self.columns), self.columns.weight
             of_row = None if column is None else row_weight(row, column)
-            return _Row(chat, source, of_row, message_weights(chat) if self.message_weights else None)
+            of_messages = message_weights(chat) if self.message_weights else None
+            return _Row(chat, source, of_row, of_messages, _storable("\n".join(unused(row, self.columns))))
         except UnusableRow as unusable:
             return _Row(unusable, source)
 
@@ -249,7 +245,11 @@ def _build(rows: datasets.Dataset, task: _Task, folder: Path, workers: int) -> N
         mapped = rows.map(task, features=datasets.Features.from_arrow_schema(pa.schema(_COLUMNS)), **options)
         files = [Path(file["filename"]) for file in mapped.cache_files]  # in order
         sizes = {file.name: file.stat().st_size for file in files}
-        manifest = {"files": sizes, "report": asdict(_report(rows, mapped)), "largest_id": _largest_id(mapped)}
+        manifest = {
+            "files": sizes,
+            "report": asdict(_report(rows, mapped, task.columns)),
+            "largest_id": _largest_id(mapped),
+        }
         (draft / "report.json").write_text(json.dumps(manifest, indent=1))
         try:
             os.rename(draft, folder)
@@ -260,7 +260,7 @@ def _build(rows: datasets.Dataset, task: _Task, folder: Path, workers: int) -> N
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _report(rows: datasets.Dataset, mapped: datasets.Dataset) -> Report:
+def _report(rows: datasets.Dataset, mapped: datasets.Dataset, columns: Columns) -> Report:
     reasons, full, kept = (mapped.data.column(name) for name in ("reason", "full_length", "length"))
     counts = {count["values"]: count["counts"] for count in pc.value_counts(reasons).to_pylist()}
     used, dropped = counts.pop("", 0), counts.pop(TOO_LONG, 0)
@@ -271,7 +271,8 @@ def _report(rows: datasets.Dataset, mapped: datasets.Dataset) -> Report:
     weights = mapped.data.column("weights")
     weighted = pc.sum(pc.greater(pc.list_value_length(weights), 0)).as_py()
     changed = pc.any(pc.not_equal(pc.list_flatten(weights), 1.0)).as_py() or False
-    return Report(len(rows), used, pc.sum(pc.greater(full, kept)).as_py(), dropped, counts, examples, weighted, changed)
+    truncated, rest = pc.sum(pc.greater(full, kept)).as_py(), unused_names(rows, mapped.data.column("unused"), columns)
+    return Report(len(rows), used, truncated, dropped, counts, examples, weighted, changed, rest)
 
 
 def _largest_id(mapped: datasets.Dataset) -> int:
@@ -281,6 +282,7 @@ def _largest_id(mapped: datasets.Dataset) -> int:
 
 
 def _judge(report: Report, max_unusable_share: float) -> None:
+    refuse_report(report)
     share = sum(report.unusable.values()) / report.rows
     if share > max_unusable_share:
         raise UserError(

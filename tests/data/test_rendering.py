@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dft_lightning.chats import UnusableRow
+from dft_lightning.chats import REASONING, TOOL_CALLS, UnusableRow
 from dft_lightning.data.rendering import TEMPLATES, ChatRenderer, Rendered, load_chat_template
 from dft_lightning.errors import UserError
 
@@ -263,6 +263,8 @@ def test_no_template_is_a_user_error_that_names_the_shipped_ones():
 # ---- rows that cannot be used
 
 
+CALLS, THOUGHTS = "tool calls are not supported", "reasoning outside the content is not supported"
+RESULTS = ("tool", "observation")
 BAD_ROWS = [
     ("abc", "not a list of messages"),
     ({"role": ["user"], "content": ["a"]}, "not a list of messages"),
@@ -275,12 +277,19 @@ BAD_ROWS = [
     ([{"content": "a"}], "a role other than system, user, assistant"),
     ([{"role": "user", "content": None}, *chat("a", "b")[1:]], "content that is not a text"),
     ([{"role": "user"}, *chat("a", "b")[1:]], "content that is not a text"),
-    ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "content that is not a text"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "content in parts is not supported"),
+    ([{"role": "developer", "content": "a"}, *chat("a", "b")], "the role developer is not supported"),
+    *(
+        ([*chat("a", "b"), {"role": role, "content": "{}"}], "the result of a tool is not supported")
+        for role in RESULTS
+    ),
+    *(([*chat("a"), {"role": "assistant", "content": "b", key: "c"}], CALLS) for key in TOOL_CALLS),
+    *(([*chat("a"), {"role": "assistant", "content": "b", key: "c"}], THOUGHTS) for key in REASONING),
     (chat("a\ud800", "b"), "lone surrogates, which no tokenizer can encode"),
     (chat("a", "b\udfff"), "lone surrogates, which no tokenizer can encode"),
     (
         [*chat("a"), {"role": "assistant", "content": "b", "tool_calls": [1]}],
-        "tool calls or reasoning outside the content",
+        "tool calls are not supported",
     ),
 ]
 
@@ -300,7 +309,7 @@ def test_unusable_row_survives_a_process_border():
 def test_batch_is_its_rows_with_bad_ones_in_their_places():
     renderer = ChatRenderer(tiny(), system_prompt="s")
     good = [chat("a", "b"), chat("a<eos>", "b", "c", "\n42\n"), chat("42", "<eos>")]
-    rows = [row for pair in zip([bad for bad, _ in BAD_ROWS], good * 5, strict=True) for row in pair]
+    rows = [row for pair in zip([bad for bad, _ in BAD_ROWS], good * (len(BAD_ROWS) // 3), strict=True) for row in pair]
     for row, rendered in zip(rows, renderer.render_batch(rows), strict=True):
         if isinstance(rendered, UnusableRow):
             with pytest.raises(UnusableRow, match=rendered.reason):
