@@ -720,8 +720,7 @@ def main(words: list[str]) -> int:
     chosen = [planted for planted in FAULTS if all(word in str(planted) for word in words)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for name in ("dft_lightning", "tests", "configs"):
-        for name in ("dft_lightning", "tests", "benchmarks"):
+        for name in ("dft_lightning", "tests", "configs", "benchmarks"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))
