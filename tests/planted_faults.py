@@ -665,6 +665,16 @@ FAULTS = [
           "tests/weighting/test_spec.py::test_nothing_is_imported_for_a_weighting_of_a_file"),
     fault(36, "an export imports from the working directory", "exporting/command.py", "    given = _parser().parse_args(args)", "    sys.path.insert(0, str(Path.cwd()))\n    given = _parser().parse_args(args)",
           "tests/test_hostile_files.py::test_an_export_imports_nothing_from_the_working_directory"),
+    fault(0, "a changed byte is trained on", "checkpointing/checksums.py", "        if _crc32(path, length) != int(found[1], 16):", "        if False:",
+          "tests/checkpointing/test_checksums.py::test_a_changed_bit_is_found_wherever_it_is"),
+    fault(0, "a part without its checksum passes for one of an earlier version", "checkpointing/folder.py", "    if any(sealed.values()) and not all(sealed.values()):", "    if False:",
+          "tests/checkpointing/test_checksums.py::test_a_part_that_has_lost_its_checksum_is_found"),
+    fault(0, "what was written is not compared with memory", "checkpointing/checksums.py", "    _check_zip(path)\n    length", "    length",
+          "tests/checkpointing/test_checksums.py::test_what_is_written_is_compared_with_what_was_in_memory"),
+    fault(0, "a damaged checkpoint takes the place of the valid previous one", "checkpointing/io.py", "    if final.resolve() in DAMAGED:", "    if False:",
+          "tests/checkpointing/test_checksums.py::TestPrevious::test_is_taken_where_the_last_is_damaged_and_survives_the_next"),
+    fault(0, "the previous checkpoint is not kept", "callbacks/checkpoints.py", "asynchronous, keep_previous)", "asynchronous)",
+          "tests/callbacks/test_checkpoints.py::test_the_last_is_saved_now_and_then_and_at_the_end"),
 ]  # fmt: skip
 
 

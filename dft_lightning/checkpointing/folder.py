@@ -14,10 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dft_lightning.checkpointing import checksums
 from dft_lightning.errors import UserError
 
 REST, INDEX = "meta.pt", ".metadata"
@@ -79,13 +81,23 @@ def without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return replaced(checkpoint, shapes)
 
 
-def read_rest(path: Path) -> dict[str, Any]:
-    """What `meta.pt` holds; an error where it, or any part that the index names, is not whole."""
+def read_rest(path: Path, verify: bool = True) -> dict[str, Any]:
+    """What `meta.pt` holds; an error where it, or any part that the index names, is damaged.
+
+    Args:
+        verify: compare all files with their checksums; else only lengths.
+    """
+    sealed = {name: checksums.is_sealed(path / name, verify) for name in (REST, INDEX)}
     found: dict[str, Any] = torch.load(path / REST, map_location=None, weights_only=True)
-    for name, size in _sizes(_Reader(path).read_metadata()).items():
+    sizes = _sizes(_Reader(path).read_metadata())
+    for name, size in sizes.items():
         there = (path / name).stat().st_size
         if there < size:
             raise EOFError(f"{name} has {there} bytes of {size}")
+    sealed |= {name: checksums.is_sealed(path / name, verify) for name in sizes}
+    if any(sealed.values()) and not all(sealed.values()):
+        without = ", ".join(sorted(name for name, has in sealed.items() if not has))
+        raise ValueError(f"{without} has lost its checksum, which the other files have")
     return found
 
 
@@ -105,6 +117,17 @@ def read_whole(path: Path, rest: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: torch.empty(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
     fill(path, found)
     return replaced(rest, {id(shape): found[name] for name, shape in shapes.items()})
+
+
+class Writer(FileSystemWriter):
+    """Each rank adds checksums to the files that it writes."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """What PyTorch writes, and at the end of each file its checksum."""
+        written = super().write_data(plan, planner)
+        for name in {each.storage_data.relative_path for each in written.wait()}:
+            checksums.seal(Path(self.path) / name)
+        return written
 
 
 class _Reader(FileSystemReader):
