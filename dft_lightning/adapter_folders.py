@@ -155,7 +155,7 @@ def model_of(source: "ModelSource") -> "ModelSource":
 
 def tokenizer_of(source: "ModelSource") -> "ModelSource":
     """Where the tokenizer is: with the adapter if it has one, else with its base."""
-    if _config_of(source) is None or any(_file(source, name) for name in _TOKENIZERS):
+    if _config_of(source) is None or any(file_of(source, name) for name in _TOKENIZERS):
         return source
     return model_of(source)
 
@@ -175,7 +175,7 @@ def _undecided(name: str) -> UserError:
     )
 
 
-def _file(source: "ModelSource", name: str) -> str | None:
+def file_of(source: "ModelSource", name: str) -> str | None:
     """Path of a file of a folder or repository; None where there is none, or it cannot be had."""
     from dft_lightning import embedded
 
@@ -194,7 +194,7 @@ def _file(source: "ModelSource", name: str) -> str | None:
 
 
 def _config_of(source: "ModelSource") -> dict[str, Any] | None:
-    path = _file(source, CONFIG)
+    path = file_of(source, CONFIG)
     if path is None:
         return None
     try:
@@ -204,7 +204,7 @@ def _config_of(source: "ModelSource") -> dict[str, Any] | None:
         raise UserError(f"cannot read the {CONFIG} of {source.name!r}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"the {CONFIG} of {source.name!r} is a {type(config).__name__}; expected a mapping")
-    if any(_file(source, name) for name in _WEIGHTS) and _file(source, "config.json"):
+    if any(file_of(source, name) for name in _WEIGHTS) and file_of(source, "config.json"):
         raise UserError(
             f"{source.name!r} holds both a model (config.json and weights) and an adapter ({CONFIG}), so that it is "
             "not clear what to train: keep them in two folders, and name one of them"

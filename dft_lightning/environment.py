@@ -120,7 +120,7 @@ def starts(run_dir: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        if isinstance(found, list):
+        if isinstance(found, list) and all(isinstance(each, dict) for each in found):
             return found
     except (ValueError, KeyError, TypeError):
         pass

@@ -36,6 +36,18 @@ class ModuleBase(pl.LightningModule):
             network.observer = None
         return copied
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Lightning's, without pickle. Only an argument allows a model's own code, never what the checkpoint holds.
+
+        Args:
+            checkpoint_path: a file; `dft export` reads folders, too.
+            args: as in Lightning.
+            options: as in Lightning; arguments of the module replace those of the checkpoint.
+        """
+        safe = {"weights_only": True, "trust_remote_code": False}
+        return super().load_from_checkpoint(checkpoint_path, *args, **safe | options)
+
     def take_found_lr(self, optimizer: Optimizer) -> None:
         """Give a new optimizer the learning rate that was found, where one was."""
         if self.lr is not None:

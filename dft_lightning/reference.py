@@ -38,9 +38,19 @@ class RowValues:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = np.load(folder / "rows.npy")
-        self.starts = np.load(folder / "starts.npy")
-        self.values = np.load(folder / "values.npy", mmap_mode="r")
+        try:
+            self.rows, self.starts = (np.load(folder / name, allow_pickle=False) for name in ("rows.npy", "starts.npy"))
+            self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:  # pickled objects are a ValueError, too
+            raise UserError(
+                f"cannot read the cached reference log-probabilities in {folder} ({error}): remove that folder, and "
+                "the same command computes them"
+            ) from error
+        if len(self.starts) != len(self.rows) + 1 or self.starts[-1] != len(self.values):
+            raise UserError(
+                f"the cached reference log-probabilities in {folder} do not belong together: remove that folder, and "
+                "the same command computes them"
+            )
 
     def __getitem__(self, row: int) -> np.ndarray:
         at = int(np.searchsorted(self.rows, row))

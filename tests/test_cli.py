@@ -233,7 +233,8 @@ class TestFit:
         assert dft("fit", *options) == 0
         said = "Going on from run/checkpoints/last.ckpt: step 2, written 2 hours ago (a later one was cut off"
         assert said in caplog.text
-        assert {path.name for path in Path("run/checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+        kept = {"last.ckpt", ".last.ckpt.before", "best.ckpt"}
+        assert {path.name for path in Path("run/checkpoints").iterdir()} == kept
         assert scalars("run")["train/skipped_steps"].keys() == {1, 2, 3}
 
     def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, caplog):
@@ -393,6 +394,27 @@ class TestErrors:
         (folder / "last.ckpt").write_bytes(b"PK\x03\x04 half of it")
         fails(
             lambda: dft("fit", "--model.weighting", "DFT"), capsys, "cannot read checkpoint run/checkpoints/last.ckpt"
+        )
+
+    def test_a_changed_byte_of_a_checkpoint(self, dft, capsys):
+        """A fit resumes from the previous one, other commands name it; where nothing else is there, it is refused."""
+        options = ["--model.weighting", "DFT", "--checkpoints.every_n_steps", "1", "--export.enabled", "false"]
+        assert dft("fit", *options, "--trainer.max_steps", "2") == 0
+        last = Path("run/checkpoints/last.ckpt")
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+        line = fails(
+            lambda: main(["export", str(last), "out"]), capsys, "cannot read checkpoint", "has not the checksum"
+        )
+        assert "the previous one is run/checkpoints/.last.ckpt.before" in line
+        with pytest.warns(UserWarning, match=r"has not the checksum.*Taking the one before it"):
+            assert dft("fit", *options) == 0
+        assert scalars("run")["train/objective"].keys() == {1, 2, 3}
+        best = Path("run/checkpoints/best.ckpt")
+        best.write_bytes(best.read_bytes()[:-1] + b"x")
+        fails(
+            lambda: dft("validate", "--model.weighting", "DFT", "--ckpt_path", "best"), capsys, "cannot read checkpoint"
         )
 
     def test_rows_that_cannot_be_used(self, dft, capsys, tmp_path):

@@ -43,6 +43,8 @@ class Checkpoints(Checkpoint):
         sharded: a folder to which each rank writes the part that it holds, in place of one file; for fsdp2. All ranks
             have to see the run's folder.
         asynchronous: only copy to the host's memory, and write while the training goes on.
+        keep_previous: how many checkpoints before `last.ckpt` to keep, each at the cost of as much disk; a run whose
+            `last.ckpt` is damaged resumes from the newest of them.
     """
 
     def __init__(
@@ -54,12 +56,15 @@ class Checkpoints(Checkpoint):
         save_best: bool = True,
         sharded: bool = False,
         asynchronous: bool = False,
+        keep_previous: int = 1,
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoints.every_n_steps is {every_n_steps}; expected 1 or more")
+        if keep_previous < 0:
+            raise UserError(f"checkpoints.keep_previous is {keep_previous}; expected 0 or more")
         self.every_minutes, self._saved_time = every_minutes, time.monotonic()
         self.every_n_steps, self.monitor, self.mode, self.save_best = every_n_steps, monitor, mode, save_best
-        self._io = RunCheckpoints(sharded, asynchronous)
+        self._io = RunCheckpoints(sharded, asynchronous, keep_previous)
         self.best: float | None = None
         self._saved_at = 0
         self._due = self._now = self._stop = self._leaving = self._owes_validation = False

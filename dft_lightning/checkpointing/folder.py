@@ -13,17 +13,39 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dft_lightning.checkpointing import checksums
 from dft_lightning.errors import UserError
 
 REST, INDEX = "meta.pt", ".metadata"
 
-#: Whose classes an index consists of; reading it runs no other code.
-_PARTS_OF_AN_INDEX = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_OTHER_PARTS = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+#: The classes that an index consists of, by name: reading it imports no module and runs no other code.
+_CLASSES_OF_AN_INDEX = {
+    metadata: (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    filesystem: ("_StorageInfo",),
+    torch.serialization: ("_get_layout",),
+    torch: ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+}
+_KNOWN = {
+    (module.__name__, name): getattr(module, name)
+    for module, names in _CLASSES_OF_AN_INDEX.items()
+    for name in names
+    if hasattr(module, name)
+}
 
 
 def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -59,13 +81,23 @@ def without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return replaced(checkpoint, shapes)
 
 
-def read_rest(path: Path) -> dict[str, Any]:
-    """What `meta.pt` holds; an error where it, or any part that the index names, is not whole."""
+def read_rest(path: Path, verify: bool = True) -> dict[str, Any]:
+    """What `meta.pt` holds; an error where it, or any part that the index names, is damaged.
+
+    Args:
+        verify: compare all files with their checksums; else only lengths.
+    """
+    sealed = {name: checksums.is_sealed(path / name, verify) for name in (REST, INDEX)}
     found: dict[str, Any] = torch.load(path / REST, map_location=None, weights_only=True)
-    for name, size in _sizes(_Reader(path).read_metadata()).items():
+    sizes = _sizes(_Reader(path).read_metadata())
+    for name, size in sizes.items():
         there = (path / name).stat().st_size
         if there < size:
             raise EOFError(f"{name} has {there} bytes of {size}")
+    sealed |= {name: checksums.is_sealed(path / name, verify) for name in sizes}
+    if any(sealed.values()) and not all(sealed.values()):
+        without = ", ".join(sorted(name for name, has in sealed.items() if not has))
+        raise ValueError(f"{without} has lost its checksum, which the other files have")
     return found
 
 
@@ -87,12 +119,24 @@ def read_whole(path: Path, rest: Mapping[str, Any]) -> dict[str, Any]:
     return replaced(rest, {id(shape): found[name] for name, shape in shapes.items()})
 
 
+class Writer(FileSystemWriter):
+    """Each rank adds checksums to the files that it writes."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        """What PyTorch writes, and at the end of each file its checksum."""
+        written = super().write_data(plan, planner)
+        for name in {each.storage_data.relative_path for each in written.wait()}:
+            checksums.seal(Path(self.path) / name)
+        return written
+
+
 class _Reader(FileSystemReader):
     """Reads an index without running what a pickle may ask for."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / INDEX).open("rb") as file:
             index = cast(Metadata, _Unpickler(file).load())
+        _check_index(index)
         meta = getattr(index, "storage_meta", None) or StorageMeta()
         index.storage_meta, meta.load_id = meta, self.load_id
         return index
@@ -100,15 +144,30 @@ class _Reader(FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse all that an index has no need of."""
+        """Refuse all that an index has no need of, before anything is imported."""
         if module.partition(".")[0] == "pathlib":
             return PurePosixPath  # where it was written, which nothing here asks for
-        known = (module, name) in _OTHER_PARTS or isinstance(getattr(torch, name, None), torch.dtype)
-        if known or (module in _PARTS_OF_AN_INDEX and "." not in name):
-            found = super().find_class(module, name)
-            if known or (isinstance(found, type) and found.__module__ == module):
-                return found
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
         raise UserError(f"{INDEX} asks for {module}.{name}, which no checkpoint has: it is damaged, or does harm")
+
+
+def _check_index(index: Any) -> None:
+    """Refuse an index with anything but tensors, which PyTorch would unpickle, or with files outside the folder.
+
+    Raises:
+        UserError: it has one of them, or is no index.
+    """
+    if not isinstance(index, Metadata):
+        raise UserError(f"{INDEX} holds a {type(index).__name__}; expected the index of a checkpoint")
+    for name, kind in index.state_dict_metadata.items():
+        if not isinstance(kind, TensorStorageMetadata):
+            raise UserError(
+                f"{INDEX} has {name} as {type(kind).__name__}; expected a tensor: it is damaged, or does harm"
+            )
+    for part in index.storage_data.values():
+        if Path(part.relative_path).name != part.relative_path:
+            raise UserError(f"{INDEX} names the file {part.relative_path!r}; expected files of the folder itself")
 
 
 def _named(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from dft_lightning.checkpointing import folder, place
-from dft_lightning.checkpointing.reading import read, skeleton
+from dft_lightning.checkpointing import checksums, folder, place
+from dft_lightning.checkpointing.reading import DAMAGED, read, skeleton
 from dft_lightning.errors import UserError
 
 
@@ -27,10 +27,13 @@ class RunCheckpoints(CheckpointIO):
     Args:
         sharded: a folder, to which all ranks write. They all have to call then; for a file, the first alone.
         asynchronous: copy, and write while the training goes on.
+        keep_previous: how many previous ones of each name in `kept_names` stay on disk.
     """
 
-    def __init__(self, sharded: bool = False, asynchronous: bool = False) -> None:
-        self.sharded, self.asynchronous = sharded, asynchronous
+    kept_names = ("last.ckpt",)
+
+    def __init__(self, sharded: bool = False, asynchronous: bool = False, keep_previous: int = 0) -> None:
+        self.sharded, self.asynchronous, self.keep_previous = sharded, asynchronous, keep_previous
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: tuple[Path, Future[Any]] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -60,13 +63,19 @@ class RunCheckpoints(CheckpointIO):
             if self.sharded:
                 self._save_folder(checkpoint, final)
             elif self._thread is None:
-                _write_file(checkpoint, final)
+                _write_file(checkpoint, final, self._kept(final))
             else:
-                self._under_way = final, self._thread.submit(_write_file, copied(checkpoint), final)
+                written = self._thread.submit(_write_file, copied(checkpoint), final, self._kept(final))
+                self._under_way = final, written
+
+    def _kept(self, final: Path) -> int:
+        return self.keep_previous if final.name in self.kept_names else 0
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
         tensors, first = folder.tensors_of(checkpoint), dist.get_rank() == 0
-        options: dict[str, Any] = {"checkpoint_id": place.unfinished(final), "process_group": self._gloo()}
+        new = place.unfinished(final)
+        options: dict[str, Any] = {"checkpoint_id": new, "process_group": self._gloo()}
+        options["storage_writer"] = folder.Writer(new)
         failure = [_begun(folder.without_tensors(checkpoint), final) if first else ""]
         dist.broadcast_object_list(failure, src=0, group=self._gloo())  # the folder is there, or none goes on
         if failure[0]:
@@ -74,10 +83,11 @@ class RunCheckpoints(CheckpointIO):
         if self._thread is None:
             save(tensors, **options)
             if first:
-                _put(final)
+                _put(final, self._kept(final))
             return
         written: Any = async_save(tensors, **options)
-        self._under_way = final, self._thread.submit(_once_written, written, final) if first else written
+        put = self._thread.submit(_once_written, written, final, self._kept(final)) if first else written
+        self._under_way = final, put
 
     def _gloo(self) -> dist.ProcessGroup:
         """One of its own, on the host: what ranks say meanwhile goes past what the training says."""
@@ -162,28 +172,37 @@ def _begun(rest: dict[str, Any], final: Path) -> str:
     """Make the folder; what went wrong, for the ranks that wait for it."""
     try:
         place.begin(final).mkdir()
-        _write_synced(rest, place.unfinished(final) / folder.REST)
+        _write_sealed(rest, place.unfinished(final) / folder.REST)
     except (OSError, RuntimeError) as error:
         return _reason(error) or type(error).__name__
     return ""
 
 
-def _write_file(checkpoint: dict[str, Any], final: Path) -> None:
-    torch.save(checkpoint, place.begin(final))
-    _put(final)
+def _write_file(checkpoint: dict[str, Any], final: Path, keep: int) -> None:
+    _write_sealed(checkpoint, place.begin(final))
+    _put(final, keep)
 
 
-def _once_written(written: Any, final: Path) -> None:
+def _once_written(written: Any, final: Path, keep: int) -> None:
     written.result()
-    _put(final)
+    _put(final, keep)
 
 
-def _put(final: Path) -> None:
-    """The one before it goes only after this one is found whole."""
-    skeleton(place.unfinished(final))
-    place.finish(final)
+def _put(final: Path, keep: int) -> None:
+    """The one before it goes, or becomes the previous one, only after this one is found valid.
+
+    Each file's bytes were compared with those in memory, or read for their checksum, by the rank that wrote it.
+    """
+    new = place.unfinished(final)
+    if new.is_dir():
+        checksums.seal(new / folder.INDEX)
+    skeleton(new, verify=False)
+    if final.resolve() in DAMAGED:  # a valid previous one stays in place of this one
+        DAMAGED.discard(final.resolve())
+        place.remove(final)
+    place.finish(final, keep)
 
 
-def _write_synced(content: dict[str, Any], path: Path) -> None:
+def _write_sealed(content: dict[str, Any], path: Path) -> None:
     torch.save(content, path)
-    place.on_disk(path)
+    checksums.seal(path)

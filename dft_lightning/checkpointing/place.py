@@ -1,7 +1,7 @@
 """Checkpoints of one name take each other's place, so that at any moment there is a whole one.
 
 A new one is written beside, under another name. A file then replaces the old one in one step. For folders there is no
-such step: the old one is set aside first, and removed when the new one is in its place.
+such step: the old one is set aside first, and removed when the new one is in its place, or kept as the previous one.
 """
 
 import os
@@ -14,9 +14,13 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-def before(path: Path) -> Path:
-    """Where the one before it waits until the new one is in its place; else nothing is there."""
-    return path.with_name(f".{path.name}.before")
+def before(path: Path, number: int = 1) -> Path:
+    """Where the previous checkpoint is, while the new one is put in its place or as long as it is kept.
+
+    Args:
+        number: 1 is the previous one, 2 the one before that.
+    """
+    return path.with_name(f".{path.name}.before{number if number > 1 else ''}")
 
 
 def begin(path: Path) -> Path:
@@ -27,15 +31,39 @@ def begin(path: Path) -> Path:
     return place
 
 
-def finish(path: Path) -> None:
-    """Put what is written into its place, and only then remove what was there."""
+def finish(path: Path, keep: int = 0) -> None:
+    """Put what is written into its place, and only then remove what was there.
+
+    Args:
+        keep: how many of the previous ones stay.
+    """
     on_disk(unfinished(path))
-    if path.exists() and (path.is_dir() or unfinished(path).is_dir()):
+    if path.exists() and keep:
+        _set_aside(path, keep)
+    elif path.exists() and (path.is_dir() or unfinished(path).is_dir()):
         remove(before(path))
         os.replace(path, before(path))
     os.replace(unfinished(path), path)
     on_disk(path.parent)
-    remove(before(path))
+    number = keep + 1
+    remove(before(path, number))
+    while before(path, number := number + 1).exists():  # more were kept at an earlier time
+        remove(before(path, number))
+
+
+def _set_aside(path: Path, keep: int) -> None:
+    """Make the present one the first of the previous ones; there is a valid one of either name at any moment."""
+    remove(before(path, keep))
+    for number in range(keep, 1, -1):
+        if before(path, number - 1).exists():
+            os.replace(before(path, number - 1), before(path, number))
+    if not path.is_dir() and not unfinished(path).is_dir():
+        try:
+            os.link(path, before(path))  # so that a file of its name is always there
+            return
+        except OSError:  # a file system without links
+            remove(before(path))
+    os.replace(path, before(path))
 
 
 def remove(path: Path) -> None:

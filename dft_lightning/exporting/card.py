@@ -111,9 +111,9 @@ def _data(run_dir: Path) -> str:
     """The `data` of the run's configuration, without what it leaves open."""
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        given = {key: value for key, value in (config.get("init_args") or {}).items() if value is not None}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return ""
-    given = {key: value for key, value in (config.get("init_args") or {}).items() if value is not None}
     return f"```yaml\n{yaml.safe_dump({**config, 'init_args': given}, sort_keys=False)}```"
 
 

@@ -1,7 +1,6 @@
 """`dft export CHECKPOINT OUT`: a Hugging Face folder out of a run's checkpoint, on one CPU."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_name", help="where configuration and tokenizer are by now, if not where the run had them"
     )
+    trust = (
+        "run code that comes with the model or tokenizer; only for sources you trust; what the run had does not count"
+    )
+    parser.add_argument("--trust_remote_code", type=_bool, default=False, metavar="true|false", help=trust)
     return parser
 
 
@@ -62,10 +65,11 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     from dft_lightning.exporting.folder import add_stops, stop_ids, write_model
     from dft_lightning.exporting.stored import read_stored
 
-    stored = read_stored(given.checkpoint, given.which)
+    stored = read_stored(given.checkpoint, given.which, given.trust_remote_code)
     has_adapter = stored.options["lora"] is not None
     if given.merge_lora and not has_adapter:
         raise UserError(f"--merge_lora true, but {given.checkpoint} is of a run without adapter: leave it out")
+    stored.refuse_code(given.model_name)
     tokenizer = stored.tokenizer(given.model_name)
     model = (stored.merged if given.merge_lora else stored.model)(given.model_name)
     base = model.get_base_model() if has_adapter and not given.merge_lora else model
@@ -89,7 +93,6 @@ def _card(stored: "Stored", given: argparse.Namespace) -> str:
 
 def main(args: Sequence[str]) -> int:
     """Run `dft export` with these arguments; 2 where they cannot be used."""
-    sys.path.insert(0, os.getcwd())
     given = _parser().parse_args(args)
     try:
         done = export(given)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dft_lightning.loading import ModelSource, load_model, load_tokenizer, loadi
 from dft_lightning.models import LoRA, add_lora
 from dft_lightning.quantization import Quantization, leave_out_of_states, read_out
 from dft_lightning.reference import fingerprint_of_base
+from dft_lightning.remote_code import has_code
 from dft_lightning.resume import CHECKPOINT_KEY
 
 _PREFIX = "network.model."
@@ -34,6 +36,8 @@ class Stored:
     step: int
     facts: dict[str, Any]
     """See `resume.facts_of`."""
+    trust_remote_code: bool = False
+    """Whether the user allows a model's own code to run: never what a checkpoint says."""
 
     @property
     def quantization(self) -> Quantization | None:
@@ -59,7 +63,7 @@ class Stored:
             model_name or options["model_name"],
             dtype,
             revision=None if model_name else options["revision"],
-            trust_remote_code=options["trust_remote_code"],
+            trust_remote_code=self.trust_remote_code,
             quantization=self.quantization,
             compute=dtype,
             allow_missing=options.get("allow_missing") or [],
@@ -73,10 +77,29 @@ class Stored:
 
     def tokenizer(self, model_name: str | None = None) -> Any:
         """The run's tokenizer, with the chat template it had."""
-        options, source = self.options, tokenizer_of(self._named(model_name))
-        if options["tokenizer_name"] is not None and model_name is None:
-            source = ModelSource(options["tokenizer_name"], trust_remote_code=source.trust_remote_code)
-        return load_tokenizer(source, options["chat_template"])
+        return load_tokenizer(self._tokenizer_source(model_name), self.options["chat_template"])
+
+    def _tokenizer_source(self, model_name: str | None) -> ModelSource:
+        if self.options["tokenizer_name"] is not None and model_name is None:
+            return ModelSource(self.options["tokenizer_name"], trust_remote_code=self.trust_remote_code)
+        return tokenizer_of(self._named(model_name))
+
+    def refuse_code(self, model_name: str | None = None) -> None:
+        """Refuse to build, without its own code, a model or tokenizer that was trained with it.
+
+        Raises:
+            UserError: the run had `trust_remote_code`, there is such code, and the user does not allow it here.
+        """
+        if self.trust_remote_code or not self.options.get("trust_remote_code"):
+            return
+        sources = {"config.json": self.source(model_name), "tokenizer_config.json": self._tokenizer_source(model_name)}
+        for name, source in sources.items():
+            if has_code(source, name):
+                raise UserError(
+                    f"the run had model.trust_remote_code true, and {source.name!r} has code of its own (auto_map in "
+                    f"its {name}): a checkpoint cannot allow it to run. If you trust that code, give "
+                    "--trust_remote_code true"
+                )
 
     def model(self, model_name: str | None = None) -> Any:
         """The transformers model with these weights, in a peft model where the run trained an adapter.
@@ -151,20 +174,57 @@ def _without_weights(source: ModelSource) -> Any:
     return model
 
 
-def read_stored(checkpoint: Path, which: Which | None = None) -> Stored:
+def read_stored(checkpoint: Path, which: Which | None = None, trust_remote_code: bool = False) -> Stored:
     """Open a checkpoint of a run without reading its tensors, the optimizer's least of all.
 
     Args:
         which: of a run that averaged its weights, the averages or the weights trained last; by default the averages.
+        trust_remote_code: whether the user allows a model's own code; what the checkpoint says about it is ignored.
 
     Raises:
         UserError: there is no such file, it is damaged, no run of ours has written it, or it has no averages.
     """
     content = read(checkpoint, weights_only=True)
-    if not isinstance(content, dict) or not {CHECKPOINT_KEY, "hyper_parameters", "state_dict"} <= content.keys():
-        raise UserError(f"{checkpoint} was not written by a training run of dft-lightning")
+    _check_content(content, checkpoint)
     options, weights = dict(content["hyper_parameters"]), weights_of(state_of(content, which, checkpoint))
-    return Stored(options, weights, int(content["global_step"]), content[CHECKPOINT_KEY])
+    if not weights:
+        raise UserError(f"{checkpoint} has no weights of a model")
+    return Stored(options, weights, int(content["global_step"]), content[CHECKPOINT_KEY], trust_remote_code)
+
+
+#: What an export reads of a checkpoint, and what each has to be: a file may hold anything.
+_TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
+    ("state_dict",): Mapping,
+    ("global_step",): int,
+    ("hyper_parameters",): Mapping,
+    ("hyper_parameters", "model_name"): str,
+    ("hyper_parameters", "revision"): (str, NoneType),
+    ("hyper_parameters", "tokenizer_name"): (str, NoneType),
+    ("hyper_parameters", "chat_template"): (str, NoneType),
+    ("hyper_parameters", "lora"): (Mapping, NoneType),
+    ("hyper_parameters", "weighting"): object,
+    ("hyper_parameters", "normalize"): str,
+    (CHECKPOINT_KEY, "settings"): Mapping,
+    (CHECKPOINT_KEY, "settings", "dtype"): str,
+    (CHECKPOINT_KEY, "settings", "seed"): int,
+    (CHECKPOINT_KEY, "settings", "steps"): int,
+    (CHECKPOINT_KEY, "identity", "model"): Mapping,
+    (CHECKPOINT_KEY, "identity", "data"): Mapping,
+}
+
+
+def _check_content(content: Any, checkpoint: Path) -> None:
+    for keys, kind in _TYPES.items():
+        value = content
+        for key in keys:
+            if not isinstance(value, Mapping) or key not in value:
+                raise UserError(
+                    f"{checkpoint} was not written by a training run of dft-lightning: it has no {'.'.join(keys)}"
+                )
+            value = value[key]
+        if not isinstance(value, kind):
+            found = f"{'.'.join(keys)} of type {type(value).__name__}"
+            raise UserError(f"{checkpoint} was not written by a training run of dft-lightning: it has {found}")
 
 
 def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 Checkpoints hold this form, since an object could only be pickled, and a checkpoint is loaded without pickle.
 """
 
-import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from dft_lightning.weighting.base import TokenWeighting
+from dft_lightning.weighting.plugins import load_plugins
 
 
 def to_spec(weighting: TokenWeighting) -> dict[str, Any]:
@@ -21,15 +22,36 @@ def to_spec(weighting: TokenWeighting) -> dict[str, Any]:
 
 
 def from_spec(spec: Mapping[str, Any]) -> TokenWeighting:
-    """The weighting that `to_spec` described; refused where the class cannot be found or is no TokenWeighting."""
-    module_name, _, name = spec["class_path"].rpartition(".")
+    """The weighting that `to_spec` described. It may come from a file, so that nothing is imported for it.
+
+    Raises:
+        ValueError: no module that is imported already, and no installed plug-in, has the class; or it is not a
+            TokenWeighting, or does not take these arguments.
+    """
+    cls = _imported(spec)
     try:
-        cls = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"weighting {spec['class_path']!r} cannot be imported: {error}") from error
+        return cls(**{key: _built(value) for key, value in spec.get("init_args", {}).items()})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"weighting {spec['class_path']!r} cannot be made from {spec!r:.200}: {error}") from error
+
+
+def _imported(spec: Mapping[str, Any]) -> type[TokenWeighting]:
+    path = spec.get("class_path")
+    if not isinstance(path, str):
+        raise ValueError(f"a weighting is given as {spec!r:.200}; expected class_path and init_args")
+    module_name, _, name = path.rpartition(".")
+    if module_name not in sys.modules:
+        load_plugins()
+    module = sys.modules.get(module_name)
+    if module is None:
+        raise ValueError(
+            f"weighting {path!r} is of a module that is not imported, and a file does not decide what is: if you "
+            f"trust it, `import {module_name}` first"
+        )
+    cls = vars(module).get(name)
     if not (isinstance(cls, type) and issubclass(cls, TokenWeighting)):
-        raise ValueError(f"{spec['class_path']!r} is not a TokenWeighting")
-    return cls(**{key: _built(value) for key, value in spec.get("init_args", {}).items()})
+        raise ValueError(f"{path!r} is not a TokenWeighting")
+    return cls
 
 
 def label(weighting: TokenWeighting) -> str:

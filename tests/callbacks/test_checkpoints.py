@@ -84,6 +84,11 @@ def test_an_unknown_monitor_is_named_with_those_that_are_logged(model_dir, rows_
         run(model_dir, rows_file, tmp_path, Checkpoints(monitor="val/bleu"))
 
 
+def test_a_negative_number_of_previous_ones():
+    with pytest.raises(UserError, match="keep_previous is -1; expected 0 or more"):
+        Checkpoints(keep_previous=-1)
+
+
 def test_none_every_zero_steps():
     with pytest.raises(UserError, match="every_n_steps is 0; expected 1 or more"):
         Checkpoints(every_n_steps=0)
@@ -91,17 +96,17 @@ def test_none_every_zero_steps():
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (50, [4])])
 def test_the_last_is_saved_now_and_then_and_at_the_end(model_dir, rows_file, tmp_path, every, steps):
-    """Whole steps only, with accumulation; nothing else is left in the folder."""
+    """Whole steps only, with accumulation; nothing but the previous one is left in the folder."""
     spy = Spy(every, save_best=False)
     data = {"val_size": 4, "global_batch_size": 6, "micro_batch_size": 2}
     run(model_dir, rows_file, tmp_path, spy, data=data)
     assert spy.saved == [("last", step) for step in steps]
-    assert [path.name for path in checkpoint_folder(tmp_path).iterdir()] == ["last.ckpt"]
-    assert step_of(checkpoint_folder(tmp_path) / "last.ckpt") == 4
+    kept = {path.name: step_of(path) for path in checkpoint_folder(tmp_path).iterdir()}
+    assert kept == dict(zip(["last.ckpt", ".last.ckpt.before"], reversed(steps), strict=False))
 
 
 def test_last_and_best_and_no_others(model_dir, rows_file, tmp_path):
-    run(model_dir, rows_file, tmp_path, Checkpoints(1), val_check_interval=1)
+    run(model_dir, rows_file, tmp_path, Checkpoints(1, keep_previous=0), val_check_interval=1)
     assert sorted(path.name for path in checkpoint_folder(tmp_path).iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
@@ -129,7 +134,7 @@ class AtTheEnd(pl.Callback):
 
 def test_what_is_written_meanwhile_is_there_before_the_export(model_dir, rows_file, tmp_path, monkeypatch):
     finish, end = disk.finish, AtTheEnd()
-    monkeypatch.setattr(disk, "finish", lambda path: time.sleep(0.5) or finish(path))
+    monkeypatch.setattr(disk, "finish", lambda path, keep=0: time.sleep(0.5) or finish(path, keep))
     *_, trainer = run(model_dir, rows_file, tmp_path, Checkpoints(1, asynchronous=True), callbacks=[end])
     assert end.found == trainer.global_step > 1
 

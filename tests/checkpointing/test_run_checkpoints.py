@@ -75,7 +75,7 @@ class TestWriting:
     def test_what_is_written_meanwhile_is_the_state_it_had(self, sharded, tmp_path, monkeypatch):
         go = threading.Event()
         finish = place.finish
-        monkeypatch.setattr(place, "finish", lambda path: go.wait(20) and finish(path))
+        monkeypatch.setattr(place, "finish", lambda path, keep=0: go.wait(20) and finish(path, keep))
         io, state = RunCheckpoints(sharded, asynchronous=True), checkpoint()
         io.save_checkpoint(state, tmp_path / "last.ckpt")
         state["state_dict"]["embed"].zero_()

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from dft_lightning.__main__ import main
 from dft_lightning.callbacks import Checkpoints
+from dft_lightning.checkpointing import checksums, read
 from dft_lightning.checkpointing import folder as parts
-from dft_lightning.checkpointing import read
 from dft_lightning.errors import UserError
 
 pytestmark = pytest.mark.slow  # starts other processes
@@ -83,6 +83,14 @@ def test_with_a_strategy_that_does_not_shard(folder, name, tmp_path):
     origin = str(middle(folder, name, "at once"))
     ours = cases.outcome(folder, KEPT[name], **saving(tmp_path), ckpt_path=origin)
     assert_goes_on(ours, of(folder, "whole at once", name))
+
+
+@NAMED
+@pytest.mark.parametrize("form", FORMS)
+def test_each_file_of_each_rank_has_a_checksum(folder, name, form):
+    files = [*middle(folder, name, form).iterdir()]
+    assert len(files) >= 4  # the index, the rest, and a part of each rank
+    assert all(checksums.is_sealed(file) for file in files)
 
 
 @NAMED

@@ -1,5 +1,6 @@
 """A weighting survives the way through plain data, as in a checkpoint."""
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -36,14 +37,31 @@ def test_plain_data():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"class_path": "nowhere.Weighting"}, "cannot be imported"),
-        ({"class_path": "dft_lightning.weighting.Nothing"}, "cannot be imported"),
+        ({"class_path": "nowhere.Weighting"}, "`import nowhere` first"),
+        ({"class_path": "dft_lightning.weighting.Nothing"}, "is not a TokenWeighting"),
+        ({"class_path": "dft_lightning.weighting.DFT", "init_args": {"nothing": 1}}, "cannot be made"),
+        ({"class_path": "dft_lightning.weighting.DFT", "init_args": 1}, "cannot be made"),
+        ({"class_path": 1}, "expected class_path"),
+        ({}, "expected class_path"),
         ({"class_path": "collections.OrderedDict"}, "is not a TokenWeighting"),
     ],
 )
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         from_spec(spec)
+
+
+def test_nothing_is_imported_for_a_weighting_of_a_file(tmp_path, monkeypatch):
+    """Not even to find out that its class is none: importing it would run it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "canary_module.py").write_text(
+        f"import pathlib\nfrom dft_lightning.weighting import DFT\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    with pytest.raises(ValueError, match="`import canary_module` first"):
+        from_spec({"class_path": "canary_module.DFT"})
+    assert not (tmp_path / "ran").exists()
+    importlib.import_module("canary_module")  # the advice
+    assert from_spec({"class_path": "canary_module.DFT"}) == DFT()
 
 
 def test_what_is_not_plain_is_refused():

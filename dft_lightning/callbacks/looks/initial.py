@@ -108,6 +108,9 @@ def _write(path: Path, logp: Tensor) -> None:
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """What was kept (R, V); None where it is gone, or of other tokens."""
-    known = np.load(path, mmap_mode="c") if path.exists() else None
+    """What was kept (R, V); None where it is gone, damaged, or of other tokens."""
+    try:
+        known = np.load(path, mmap_mode="c", allow_pickle=False) if path.exists() else None
+    except (OSError, ValueError, EOFError):  # pickled objects are a ValueError, too
+        return None
     return None if known is None or known.shape != shape else torch.from_numpy(known)
