@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dft_lightning.adapter_folders import file_of
 
 if TYPE_CHECKING:
-    from dft_lightning.models import ModelSource
+    from dft_lightning.loading import ModelSource
 
 
 def has_code(source: "ModelSource", name: str) -> bool:

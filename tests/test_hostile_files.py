@@ -23,7 +23,7 @@ from dft_lightning.data.rendering import ChatRenderer
 from dft_lightning.data.sources import load_rows
 from dft_lightning.environment import FILE, starts
 from dft_lightning.errors import UserError
-from dft_lightning.models import ModelSource, load_model, load_tokenizer
+from dft_lightning.loading import ModelSource, load_model, load_tokenizer
 from dft_lightning.reference import RowValues
 
 
