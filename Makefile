@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick test-all exactness kill-and-resume end-to-end check format clean
+.PHONY: help setup demo test test-quick test-all exactness kill-and-resume end-to-end gpu gpu-wheels check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,15 @@ kill-and-resume: $(READY) ## kill runs at 150 random moments, and start them aga
 
 end-to-end: $(READY) ## the real model on two ranks: trained, killed, gone on with, exported, asked
 	OMP_NUM_THREADS=1 $(BIN)/python tests/end_to_end.py
+
+# Where the virtual environment is not set up, as on a machine without network, by the Python that is there.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+
+gpu:            ## on a machine with an NVIDIA GPU: checks and speed of all that only runs there, within 14 minutes
+	$(GPU_PYTHON) benchmarks/gpu $(GPU_OPTIONS)
+
+gpu-wheels:     ## the packages that such a machine without network may lack, into .wheels
+	PYTHONPATH=benchmarks $(GPU_PYTHON) -m gpu.wheels
 
 check: $(READY) ## lint (the Dockerfile too), format and types, as CI does
 	$(BIN)/ruff check .

@@ -103,23 +103,8 @@ def profile(run: Any, device: str) -> None:
     print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--width", type=int, default=4096, help="tokens of a packed row")
-    parser.add_argument("--document", type=int, default=500, help="median tokens of a document")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--attention", default="varlen")
-    parser.add_argument("--weighting", default="DFT")
-    parser.add_argument("--logits", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--profile", action="store_true")
-    options = parser.parse_args()
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens and FLOPs per second, MFU and peak memory of the steps after the warm-up."""
     network = build(options)
     micro = batches(options, SHAPES[options.shape][6])
     if options.compile:
@@ -135,28 +120,61 @@ def main() -> None:
         loss = step(network, optimizer, micro, options)
     wait()
     seconds = (time.perf_counter() - began) / options.steps
-    report(network, micro, seconds, float(loss), options)
     if options.profile:
         profile(lambda: (step(network, optimizer, micro, options), wait()), options.device)
+    return results(network, micro, seconds, float(loss), options.device)
 
 
-def report(network: WeightedLM, micro: list[Batch], seconds: float, loss: float, options: argparse.Namespace) -> None:
-    """One line of the table."""
+def results(network: WeightedLM, micro: list[Batch], seconds: float, loss: float, device: str) -> dict[str, Any]:
+    """By name; None for what is not known of the device."""
     flops = model_flops(network)
     needed = sum(flops.of(batch.lengths, len(batch.target)) for batch in micro)
     tokens = sum(batch.tokens for batch in micro)
-    name, memory, mfu = "cpu", "–", "–"
-    if options.device == "cuda":
-        name, memory = torch.cuda.get_device_name(), f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        known = find_device(name)
-        peak = None if known is None else known.peak("bfloat16")
-        mfu = "–" if peak is None else f"{needed / seconds / peak:.1%}"
-    print(f"{name}, torch {torch.__version__}; loss {loss:.1f}\n")
+    found = {"loss": loss, "tokens_per_s": tokens / seconds, "flops_per_s": needed / seconds}
+    if device != "cuda":
+        return found | {"device": "cpu", "mfu": None, "bytes": None}
+    name = torch.cuda.get_device_name()
+    known = find_device(name)
+    peak = None if known is None else known.peak("bfloat16")
+    mfu = None if peak is None else needed / seconds / peak
+    return found | {"device": name, "mfu": mfu, "bytes": torch.cuda.max_memory_allocated()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
+    found.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--width", type=int, default=4096, help="tokens of a packed row")
+    found.add_argument("--document", type=int, default=500, help="median tokens of a document")
+    found.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
+    found.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
+    found.add_argument("--steps", type=int, default=8)
+    found.add_argument("--warmup", type=int, default=2)
+    found.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    found.add_argument("--compile", action="store_true")
+    found.add_argument("--attention", default="varlen")
+    found.add_argument("--weighting", default="DFT")
+    found.add_argument("--logits", choices=["float32", "bfloat16"], default="float32")
+    found.add_argument("--profile", action="store_true")
+    return found
+
+
+def main() -> None:
+    options = parser().parse_args()
+    report(measured(options), options)
+
+
+def report(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """One line of the table."""
+    print(f"{found['device']}, torch {torch.__version__}; loss {found['loss']:.1f}\n")
     print("| shape | rows × width | recomputed | compiled | tokens/s | FLOP/s | MFU | peak memory |")
     print("|---|---|---|---|---|---|---|---|")
     shape = f"{options.rows} × {options.width}, {options.accumulate} a step"
-    cells = (options.shape, shape, options.recompute, options.compile, f"{tokens / seconds:,.0f}")
-    print(f"| {' | '.join(map(str, cells))} | {needed / seconds:.3g} | {mfu} | {memory} |")
+    cells = (options.shape, shape, options.recompute, options.compile, f"{found['tokens_per_s']:,.0f}")
+    mfu = "–" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    memory = "–" if found["bytes"] is None else f"{found['bytes'] / 2**30:.1f} GiB"
+    print(f"| {' | '.join(map(str, cells))} | {found['flops_per_s']:.3g} | {mfu} | {memory} |")
 
 
 if __name__ == "__main__":

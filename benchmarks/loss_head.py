@@ -163,6 +163,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     small = head.detach()[:SEQUENCE].clone().requires_grad_()
     CANDIDATES[name](hidden[:SEQUENCE], small, targets[:SEQUENCE] % SEQUENCE).backward()  # libraries are loaded
+    if device == "cuda":  # the head was made in float32, and other candidates may have run before
+        torch.cuda.reset_peak_memory_stats()
     before = peak(device)
     first = timed(run, device)
     memory = peak(device) - before

@@ -6,6 +6,7 @@ varying length (half precision, no further package), else document by document.
 Shapes: A attention heads, K key-value heads, T positions of all rows together, E width of a head.
 """
 
+import inspect
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from dft_lightning.errors import UserError
 
 NAME = "varlen"
+#: Options of torch's kernel in the installed version: 2.10 has is_causal alone, 2.11 scale and window_size in its
+#: place, 2.12 enable_gqa as well.
+_OPTIONS_OF_KERNEL = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def register() -> None:
@@ -59,13 +64,9 @@ def attend(
         max_length_q = width
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, A, E), (T, K, E)
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
-        span = (-1 if window is None else window - 1, 0)
-        longest, borders = max_length_q, cu_seq_lens_q
-        out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=span, enable_gqa=True)
-        assert isinstance(out, Tensor)
+    possible = window is None or "window_size" in _OPTIONS_OF_KERNEL
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and possible:
+        out = _by_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
     else:
         whole = torch.compiler.is_compiling() and not dropout and query.device.type == "cpu"
         call = _opaque if whole else _one_by_one
@@ -80,6 +81,24 @@ def _is_told(module: Any, window: int | None) -> bool:
         return True
     kind = str(kinds[index])
     return "chunk" not in kind and (window is not None or "sliding" not in kind)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """(T, A, E) by torch's kernel, which every version has to be told in its own way."""
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in _OPTIONS_OF_KERNEL:
+        options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    elif scaling is not None:
+        q = q * (scaling * q.shape[-1] ** 0.5)  # the kernel divides by the root
+    if "enable_gqa" in _OPTIONS_OF_KERNEL:
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _one_by_one(

@@ -181,39 +181,67 @@ class Bounds:
         return bound + place * (1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5)
 
 
+def excess(got: Tensor, truth: Tensor, bound: Tensor) -> float:
+    """The largest error as a share of its bound; 0 where both are the same, infinite where one is no number."""
+    got = got.double()
+    share = ((got - truth).abs() / bound).nan_to_num(torch.inf, torch.inf)
+    return float(share.where(got != truth, 0.0).max()) if share.numel() else 0.0
+
+
 def within(got: Tensor, truth: Tensor, bound: Tensor) -> None:
     """Equal where infinite, and not further off than the bound elsewhere."""
-    got = got.double()
-    same = got == truth
-    assert (same | ((got - truth).abs() <= bound)).all(), ((got - truth).abs() / bound).where(~same, 0.0).max()
+    share = excess(got, truth, bound)
+    assert share <= 1.0, share
+
+
+def score_errors(given: Problem, found: dict[str, Tensor], truth: Answer) -> dict[str, float]:
+    """The error of each statistic as a share of its bound."""
+    bounds, true = Bounds(given, truth), truth.found
+    errors = {
+        "logp": excess(found["logp"], true["logp"], bounds.logp),
+        "lse": excess(found["lse"], true["lse"], bounds.logit + bounds.total + 2 * UNIT * true["lse"].abs()),
+    }
+    for name in sorted({"entropy", "collision", "top_p"} & found.keys()):
+        errors[name] = excess(found[name], true[name], getattr(bounds, name))
+    if "topk_entropy" in found:  # of 20 terms, in plain torch, which rounds the log-sum-exp
+        entropy, rounded = true["topk_entropy"], UNIT * truth.z.amax(1).abs()
+        bound = 20 * bounds.logit + 2 * (1 + entropy) * rounded + 100 * UNIT
+        errors["topk_entropy"] = excess(found["topk_entropy"], entropy, bound)
+    if "rank" in found:
+        errors["rank"] = 0.0 if _rank_is_possible(found["rank"], given, truth, bounds) else torch.inf
+    return errors
+
+
+def _rank_is_possible(rank: Tensor, given: Problem, truth: Answer, bounds: Bounds) -> bool:
+    """Between the ranks with every logit that is too close to tell below the target, and above it."""
+    target = truth.z.gather(1, given.target[:, None])
+    unsure = 2 * bounds.logit[:, None]
+    lowest = (truth.z > target + unsure).sum(1)
+    highest = (truth.z > target - unsure).sum(1) - (unsure > 0)[:, 0].long()
+    return bool(((lowest <= rank) & (rank <= highest)).all())
 
 
 def check_scores(given: Problem, found: dict[str, Tensor], truth: Answer) -> None:
-    bounds = Bounds(given, truth)
-    within(found["logp"], truth.found["logp"], bounds.logp)
-    within(found["lse"], truth.found["lse"], bounds.logit + bounds.total + 2 * UNIT * truth.found["lse"].abs())
-    for name in {"entropy", "collision", "top_p"} & found.keys():
-        within(found[name], truth.found[name], getattr(bounds, name))
-    if "topk_entropy" in found:  # of 20 terms, in plain torch, which rounds the log-sum-exp
-        entropy, rounded = truth.found["topk_entropy"], UNIT * truth.z.amax(1).abs()
-        within(found["topk_entropy"], entropy, 20 * bounds.logit + 2 * (1 + entropy) * rounded + 100 * UNIT)
-    if "rank" in found:
-        target = truth.z.gather(1, given.target[:, None])
-        unsure = 2 * bounds.logit[:, None]
-        assert ((truth.z > target + unsure).sum(1) <= found["rank"]).all()
-        assert (found["rank"] <= (truth.z > target - unsure).sum(1) - (unsure > 0)[:, 0].long()).all()
+    errors = score_errors(given, found, truth)
+    assert max(errors.values()) <= 1.0, errors
 
 
-def check_fused(given: Problem, weighting: TokenWeighting, dtype: torch.dtype, names=NAMES) -> None:
-    """The fused form on `given`, whose products it overwrites."""
+def fused_errors(given: Problem, weighting: TokenWeighting, dtype: torch.dtype, names=NAMES) -> dict[str, float]:
+    """The errors of the fused form on `given`, whose products it overwrites, as shares of their bounds."""
     truth = plain(given.wide(), weighting)
     before = replace(given, logits=given.logits.clone())
     found, grad = given.fused_(weighting, names, dtype)
     assert grad.dtype == dtype
     assert grad.data_ptr() == given.logits.data_ptr()
     assert found.keys() == {"logp", "lse", "weight", *names}
-    check_scores(before, found, truth)
-    bounds = Bounds(before, truth)
+    bounds, true = Bounds(before, truth), truth.found["weight"]
     times = getattr(weighting, "temperature", 1.0)
-    within(found["weight"], truth.found["weight"], truth.found["weight"] * (times * bounds.logp + 16 * UNIT) + LEAST)
-    within(grad, truth.grad, bounds.grad(truth, dtype, times))
+    weight = excess(found["weight"], true, true * (times * bounds.logp + 16 * UNIT) + LEAST)
+    gradient = excess(grad, truth.grad, bounds.grad(truth, dtype, times))
+    return score_errors(before, found, truth) | {"weight": weight, "gradient": gradient}
+
+
+def check_fused(given: Problem, weighting: TokenWeighting, dtype: torch.dtype, names=NAMES) -> None:
+    """The fused form on `given`, whose products it overwrites."""
+    errors = fused_errors(given, weighting, dtype, names)
+    assert max(errors.values()) <= 1.0, errors
