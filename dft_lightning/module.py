@@ -248,6 +248,7 @@ class FineTuner(WeightedModule):
         if (self.trainer.gradient_clip_val or 0.0) < 0.0:
             raise UserError(f"trainer.gradient_clip_val is {self.trainer.gradient_clip_val}; expected 0 or more")
         data = getattr(self.trainer, "datamodule", None)
+        refuse_without_steps(self, data)  # of a router loss, it can only be known further below
         with self.trainer.precision_plugin.forward_context():
             if data is not None and getattr(data, "is_packed", False):
                 self._network.check_borders()

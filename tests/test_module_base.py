@@ -69,7 +69,7 @@ def test_at_any_time_and_it_computes_with_its_own_weights(model_dir, rows_file, 
     assert copies.seen == set(HOOKS)
     made = copies.copy
     assert made._trainer is None
-    assert made.optimizer is tuner.optimizer
+    assert made.optimization is tuner.optimization
     assert made.step.wishes == {}
     batch = trainer.datamodule.step(0, 0)[0]
     before = tuner.network.logp(batch)

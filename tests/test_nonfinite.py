@@ -38,10 +38,14 @@ class States(pl.Callback):
 
 
 @pytest.fixture
-def poisoned(tmp_path, model_dir):
-    """A model, and 24 rows of which number 5 makes it fail: in steps of 6 without shuffle that is the first step."""
+def poisoned(tmp_path, model_dir, monkeypatch):
+    """A model that would be refused when it is read, and 24 rows of which number 5 makes it fail.
+
+    In steps of 6 without shuffle that is the first step.
+    """
     from transformers import AutoTokenizer
 
+    monkeypatch.setattr("dft_lightning.checkpoint_keys.check_finite", lambda *_: None)
     folder = shutil.copytree(model_dir, tmp_path / "model")
     token = AutoTokenizer.from_pretrained(folder)(POISON, add_special_tokens=False)["input_ids"][0]
     model = tiny_model()
@@ -108,10 +112,14 @@ def test_a_line_that_a_kill_cut_off_is_dropped(model_dir, rows_file, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_skip_together_and_name_all_rows(poisoned, tmp_path):
     model, rows = poisoned
+    script = tmp_path / "fit.py"
+    script.write_text(
+        "import sys\nfrom dft_lightning import checkpoint_keys\nfrom dft_lightning.__main__ import main\n"
+        "checkpoint_keys.check_finite = lambda *_: None\nsys.exit(main())\n"
+    )
     command = [
         sys.executable,
-        "-m",
-        "dft_lightning",
+        str(script),
         "fit",
         "--model.model_name",
         str(model),
@@ -122,7 +130,12 @@ def test_two_ranks_skip_together_and_name_all_rows(poisoned, tmp_path):
     command += ["--data.global_batch_size", "6", "--data.micro_batch_size", "1", "--data.shuffle", "false"]
     command += ["--data.subset", "first", "--data.max_length", "200", "--token_probabilities.every_n_steps", "0"]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    subprocess.run(
+        command,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=300,
+    )
     report = json.loads((tmp_path / "run" / "skipped_steps.jsonl").read_text())
     assert (report["rows"], report["rows_with_a_non_finite_token"]) == ([6, 7, 8, 9, 10, 11], [8])
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4

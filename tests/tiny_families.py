@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, **_SLIDING},
     "deepseek_v2": _DEEPSEEK | {"topk_method": "greedy"},
-    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK | {"num_nextn_predict_layers": 0},
     "ernie4_5": {},
     "exaone4": _SLIDING,
     "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
@@ -80,7 +80,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm": {},
     "glm4": {},
-    "glm4_moe": _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "glm4_moe": _EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neo": {

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.attention import implementation_of
-from dft_lightning.callbacks.lightnings import averages_on_device
 from dft_lightning.errors import UserError
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB, KINDS, Load, lightest, targets_of
@@ -43,6 +42,8 @@ def recomputation_of(module: "FineTuner", data: "ChatDataModule | None") -> Reco
 
 def load_of(module: "FineTuner", data: "ChatDataModule") -> Load:
     """What each device of a fit that is about to begin has to do."""
+    from dft_lightning.callbacks.lightnings import averages_on_device  # it imports this file's users
+
     assert module.network is not None
     assert data.train_rows is not None
     trainer, base = module.trainer, module.network.base
