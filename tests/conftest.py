@@ -16,6 +16,9 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 settings.register_profile("any machine", deadline=None)  # a busy one is no fault of what is tested
 settings.load_profile("any machine")
 
+# Where the processes of a run find each other: Lightning reads and writes these.
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 CHATML = (
@@ -49,6 +52,22 @@ def own_cache(tmp_path, monkeypatch, request):
     """Tokens and references of a test stay in its own folder; the converted model is shared by all."""
     if "embedded_model_dir" not in request.fixturenames:
         monkeypatch.setenv("DFT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A test that leaves a process group or its address behind fails: later ranks would meet there."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    yield
+    left = [name for name, value in before.items() if os.environ.get(name) != value]
+    for name in left:
+        os.environ.pop(name, None)
+        if before[name] is not None:
+            os.environ[name] = before[name]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        left.append("a process group")
+    assert not left, f"left behind by this test: {', '.join(left)}"
 
 
 def tiny_tokenizer():
