@@ -42,6 +42,7 @@ SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 SEEDS, OPTIONS, OPTIMIZERS = "tests/test_seeds.py::", "tests/test_optimizer_options.py::", "tests/test_optimizers.py::"
 SCHEDULES, FREEZING = "tests/test_schedules.py::", "tests/test_freezing.py::"
 FOUR_BITS = "tests/test_quantization.py::"
+GPU = "tests/benchmarks/test_gpu_runner.py::"
 PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
 WRITTEN = "tests/checkpointing/test_run_checkpoints.py::"
 MADE_UP, RENDEZVOUS = f"{PREEMPTION}test_a_validation_that_is_due_is_made_up_for", "tests/test_rendezvous.py"
@@ -744,7 +745,6 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for name in ("dft_lightning", "tests", "configs", "benchmarks"):
-        for name in ("dft_lightning", "tests", "configs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))
