@@ -58,6 +58,7 @@ def unsupported(name: str, build: Callable[[str | None], Any]) -> str | None:
     Args:
         build: makes the model without weights, with a given implementation.
     """
+    varlen.register()
     try:
         default = build(None)
     except Exception:  # the implementation is not what is wrong

@@ -657,6 +657,7 @@ FAULTS = [
     fault(0, "torch 2.10's scale is not honoured", "varlen.py", "        q = q * (scaling * q.shape[-1] ** 0.5)", "        pass", "tests/test_varlen_versions.py"),
     fault(0, "one key too many in torch's window", "varlen.py", "-1 if window is None else window - 1, 0", "-1 if window is None else window, 0", "tests/test_varlen_versions.py"),
     fault(0, "a search restores gathered copies of shards", "callbacks/lr_search.py", "        let_go(module._network)  # after a forward pass alone, gathered copies stand in for sharded weights\n", "", "tests/callbacks/test_averaging_ranks.py::test_on_sharded_weights"),
+    fault(0, "varlen is unknown where no model was loaded", "attention_choice.py", "    varlen.register()\n", "", "tests/benchmarks/test_scaling_on_paper.py::test_a_row_by_hand"),
     fault(0, "a GPU part's children outlive its limit", "../benchmarks/gpu/process.py", "            children |= descendants(process.pid)\n", "", f"{GPU}test_a_part_is_killed_at_its_limit_with_all_that_it_has_started", ("children | descendants(process.pid)", "children")),
     fault(0, "a GPU part without a time limit", "../benchmarks/gpu/runner.py", "min(_DRY_SECONDS if self.options.dry_run else part.seconds, left)", "left", f"{GPU}test_a_part_is_killed_at_its_limit_with_all_that_it_has_started"),
     fault(0, "a crash of a GPU part is no failure", "../benchmarks/gpu/runner.py", "if exit_code else", "if False else", f"{GPU}test_a_failure_does_not_stop_the_rest"),
