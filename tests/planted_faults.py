@@ -744,7 +744,6 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for name in ("dft_lightning", "tests", "configs", "benchmarks"):
-        for name in ("dft_lightning", "tests", "configs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))
