@@ -15,6 +15,7 @@ _WARNINGS = (
     ".*sync_dist=True.*",  # what is logged is the same on all ranks already
     ".*your dataloader is not resumable.*",  # our data module is
     r"You called `self\.log\('(val|test)/.*no logger configured",  # the table shows it
+    "Total length of `list` across ranks is zero",  # no validation rows are asked for
     "You are using a custom batch sampler `StepSampler`",  # it returns every row
     r"torch\.distributed\.nn\.functional\.all_gather is deprecated",  # called by Lightning
     "`is_gradient_checkpointing` is deprecated",  # asked for by peft
