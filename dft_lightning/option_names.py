@@ -188,7 +188,8 @@ def resolved(name: str, bases: Sequence[type]) -> type | None:
 def subclasses(base: type) -> Iterator[type]:
     """A class and those derived from it, as far as they have been imported."""
     yield base
-    for cls in type.__subclasses__(base):
+    derived: list[type] = type.__subclasses__(base)
+    for cls in derived:
         yield from subclasses(cls)
 
 
