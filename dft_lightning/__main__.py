@@ -52,7 +52,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"dft-lightning {version('dft-lightning')}")
         return 0
     if not given[0].startswith("-") and given[0] not in _COMMANDS:
-        print(f"dft: error: no command {given[0]!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
+        from dft_lightning.suggestions import did_you_mean
+
+        meant = did_you_mean(given[0], _COMMANDS)
+        print(f"dft: error: no command {given[0]!r}; there are {', '.join(_COMMANDS)}{meant}", file=sys.stderr)
         return 2
     if own := _OWN.get(given[0]):
         return int(import_module(own).main(given[1:]))

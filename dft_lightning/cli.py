@@ -5,10 +5,8 @@ Starting the same command again goes on there.
 """
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,6 +34,7 @@ from dft_lightning.callbacks import (
 from dft_lightning.callbacks.lightnings import fit_callbacks, has_progress_bar, options_for, write_enums
 from dft_lightning.checkpointing import skeleton
 from dft_lightning.checkpointing.lock import RunLock
+from dft_lightning.config_check import refuse_unreadable
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
 from dft_lightning.errors import UserError
@@ -44,6 +43,7 @@ from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.optimizer_options import with_own_options
 from dft_lightning.parser import Parser
 from dft_lightning.precision import refuse_precision, refuse_precision_name
+from dft_lightning.quiet import quieten
 from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
@@ -51,8 +51,8 @@ from dft_lightning.resume import CHECKPOINT_KEY, Change, identity_by_options, re
 from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
 from dft_lightning.seeds import data_seed, drawn, resumed
 from dft_lightning.sharding import FSDP2Strategy
-from dft_lightning.sharding.initial import refuse_name
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
+from dft_lightning.trainer_names import refuse_names
 from dft_lightning.weighting.plugins import load_plugins
 
 #: Where we differ from Lightning, whose default is 1,000 epochs.
@@ -99,6 +99,7 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Also draw a seed, where one is to be drawn."""
+        Parser.root = parser
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         self._seed_asked = config.seed_everything
@@ -124,8 +125,7 @@ class CommandLine(LightningCLI):
         """Find the checkpoint to start from, before anything heavy happens."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
-        if isinstance(config.trainer.strategy, str):
-            refuse_name(config.trainer.strategy)
+        refuse_names(config.trainer)
         refuse_precision_name(self._precision, config.trainer.accelerator)
         asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
         if fit and is_started_again(self.run_dir):
@@ -213,6 +213,7 @@ class InsteadOfTraining(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         """No checkpoint is looked for."""
+        refuse_names(self.config[self.subcommand].trainer)
 
     def instantiate_trainer(self, **_: Any) -> pl.Trainer:
         """None: a trainer would ask for the accelerator that it names."""
@@ -231,12 +232,14 @@ def _root(error: BaseException) -> BaseException:
 def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
-    _quieten()
+    quieten()
     load_plugins()
     write_enums()
     meet_anew()
     try:
-        given = with_own_options(_with_settings_of_fsdp2([*(sys.argv[1:] if args is None else args)]))
+        words = [*(sys.argv[1:] if args is None else args)]
+        refuse_unreadable(words)
+        given = with_own_options(_with_settings_of_fsdp2(words))
         Parser.given = given
         command_line(
             FineTuner,
@@ -277,23 +280,6 @@ def _with_settings_of_fsdp2(args: list[str]) -> list[str]:
         if found[place - 1 : place + 1] == ["--trainer.strategy", "fsdp2"]:
             found[place] = _FSDP2
     return found
-
-
-def _quieten() -> None:
-    """Leave out what Lightning says that the user of `dft` can do nothing about."""
-    for message in (
-        "LightningCLI's args parameter",
-        ".*LeafSpec",
-        ".*GPU available but not used",
-        ".*does not have many workers",
-        ".*sync_dist=True.*",  # what is logged is the same on all ranks already
-        ".*your dataloader is not resumable.*",  # our data module is
-    ):
-        warnings.filterwarnings("ignore", message)
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "estimate number of" not in record.getMessage()
-    )
 
 
 def main(args: Sequence[str] | None = None) -> int:

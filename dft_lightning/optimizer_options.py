@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from dft_lightning.errors import UserError
 from dft_lightning.optimization import PAPERS_ADAMW
+from dft_lightning.suggestions import did_you_mean
 
 OPTION = "model.optimizer"
 DEFAULT = "torch.optim.AdamW"
@@ -251,7 +252,9 @@ def optimizer_hint(text: str, words: Sequence[str]) -> str | None:
     if unknown := re.search(rf'Parser key "(?:\w+\.)?{OPTION}":.*?(?:dot import path string: |path )(\S+)', text):
         name = next((value for option, value in _options(words) if option == OPTION), unknown[1])
         known = ", ".join(each for each in torch.optim.__all__ if _is_optimizer(getattr(torch.optim, each, None)))
-        return f"--{OPTION} {name!r} is no optimizer class that can be imported; expected {known}, or an import path"
+        meant = did_you_mean(name, known.split(", "))
+        what = f"--{OPTION} {name!r} is no optimizer class that can be imported"
+        return f"{what}; expected {known}, or an import path{meant}"
     named = re.search(rf"(?:{OPTION}\.|init_args\.|Option ')(?:init_args\.)?(\w+)' is not accepted", text)
     if named is None:
         return None
@@ -259,4 +262,5 @@ def optimizer_hint(text: str, words: Sequence[str]) -> str | None:
     if named[1] not in given.own or named[1] in accepted(given.path):
         return None
     path = given.path
-    return f"--{OPTION}.{named[1]}: {path} has no such option; it has {', '.join(accepted(path))}"
+    meant = did_you_mean(named[1], accepted(path))
+    return f"--{OPTION}.{named[1]}: {path} has no such option; it has {', '.join(accepted(path))}{meant}"

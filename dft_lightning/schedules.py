@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dft_lightning.errors import UserError
+from dft_lightning.suggestions import did_you_mean
 
 #: What a schedule is given by the run.
 _OF_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -74,7 +75,7 @@ def accepted(name: str) -> dict[str, bool]:
     """
     functions = _functions()
     if name not in functions:
-        raise UserError(f"{_OPTION} is {name!r}; expected one of {', '.join(names())}")
+        raise UserError(f"{_OPTION} is {name!r}; expected one of {', '.join(names())}{did_you_mean(name, names())}")
     parameters = inspect.signature(functions[name]).parameters.values()
     if any(each.kind == each.VAR_KEYWORD for each in parameters):
         raise UserError(

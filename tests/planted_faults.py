@@ -705,7 +705,7 @@ FAULTS = [
           "tests/test_hostile_files.py::TestIndex::test_no_file_outside_the_folder_is_read"),
     fault(36, "a weighting is imported before it is checked", "weighting/spec.py", "    module = sys.modules.get(module_name)", '    module = __import__("importlib").import_module(module_name)',
           "tests/weighting/test_spec.py::test_nothing_is_imported_for_a_weighting_of_a_file"),
-    fault(36, "an export imports from the working directory", "exporting/command.py", "    given = _parser().parse_args(args)", "    sys.path.insert(0, str(Path.cwd()))\n    given = _parser().parse_args(args)",
+    fault(36, "an export imports from the working directory", "exporting/command.py", "    given = parser.parse_args(args)", "    sys.path.insert(0, str(Path.cwd()))\n    given = parser.parse_args(args)",
           "tests/test_hostile_files.py::test_an_export_imports_nothing_from_the_working_directory"),
     fault(0, "a changed byte is trained on", "checkpointing/checksums.py", "        if _crc32(path, length) != int(found[1], 16):", "        if False:",
           "tests/checkpointing/test_checksums.py::test_a_changed_bit_is_found_wherever_it_is"),
@@ -717,6 +717,19 @@ FAULTS = [
           "tests/checkpointing/test_checksums.py::TestPrevious::test_is_taken_where_the_last_is_damaged_and_survives_the_next"),
     fault(0, "the previous checkpoint is not kept", "callbacks/checkpoints.py", "asynchronous, keep_previous)", "asynchronous)",
           "tests/callbacks/test_checkpoints.py::test_the_last_is_saved_now_and_then_and_at_the_end"),
+    fault(0, "options can be abbreviated", "parser.py", "allow_abbrev: bool = False", "allow_abbrev: bool = True", "tests/test_option_names.py::test_abbreviations_are_refused"),
+    fault(0, "a misspelt option gets no nearest name", "option_names.py", "names = nearest(self.name, self.known)\n", "names = []\n", "tests/test_option_names.py::test_of_the_command_line"),
+    fault(0, "a misspelt key of a file is looked for on the command line alone", "option_sources.py", "            yield from _of_file(value, items)\n", "", "tests/test_option_names.py::test_of_a_file"),
+    fault(0, "options after a list's item belong to no class", "option_sources.py", "if path[:length] in items and", "if False and", "tests/test_option_names.py::test_of_the_command_line[of a callback]"),
+    fault(0, "an option next to class_path gets no advice", "option_sources.py", "is_misplaced=True", "is_misplaced=False", "tests/test_option_names.py::test_of_a_file[beside a class]"),
+    fault(0, "a key that is given twice is dropped", "config_check.py", "lines.setdefault(key.value, line) != line", "False", "tests/test_option_names.py::test_a_file_that_is_no_configuration"),
+    fault(0, "names that the trainer looks up get Lightning's own error", "trainer_names.py", 'isinstance(value, str) and value.lower() not in names', "False", "tests/test_option_names.py::test_names_that_the_trainer_looks_up"),
+    fault(0, "dft export hides the misspelt option", "exporting/command.py", "    parser.refuse_unknown(args)\n", "", "tests/test_option_names.py::test_of_our_own_commands"),
+    fault(0, "bars in log files", "quiet.py", "    use_lines()\n", "", "tests/test_quiet.py::test_of_one_process"),
+    fault(0, "warnings that matter are hidden", "quiet.py", 'sampler `StepSampler`"', 'sampler"', "tests/test_quiet.py::test_other_warnings_are_shown"),
+    fault(0, "records that matter are hidden", "quiet.py", "self.pattern.match(record.getMessage()) is None", "False", "tests/test_quiet.py::test_other_words_of_the_same_loggers_are_shown"),
+    fault(0, "each rank shows bars", "progress_lines.py", "int(getattr(rank_zero_only, \"rank\", 0) or 0) == 0", "True", "tests/test_progress_lines.py::test_one_rank_shows_them"),
+    fault(0, "a step is printed once per micro-batch", "callbacks/progress.py", "or not due or done == self._shown_step", "or not due or done == self._first_step", "tests/callbacks/test_progress.py::test_a_line_where_one_is_due"),
 ]  # fmt: skip
 
 

@@ -73,9 +73,9 @@ def test_a_part_is_bounded_on_top_of_a_file(dft):  # noqa: F811
     ("options", "patterns"),
     [
         (["Nope"], ["--model.weighting 'Nope' is none of ASFT, Bounded, CADFT, CHORD,"]),
-        (["Bounded", ".of", "Nope"], ["--model.weighting….of 'Nope' is none of ASFT, Bounded,"]),
-        (["Mixed", ".of", "DFT", ".other", "Nope"], ["--model.weighting….other 'Nope' is none of ASFT, Bounded,"]),
-        (["Exempt", ".of", "Bounded", ".of.of", "Nope"], ["--model.weighting….of 'Nope' is none of ASFT, Bounded,"]),
+        (["Bounded", ".of", "Nope"], ["--model.weighting.of 'Nope' is none of ASFT, Bounded,"]),
+        (["Mixed", ".of", "DFT", ".other", "Nope"], ["--model.weighting.other 'Nope' is none of ASFT, Bounded,"]),
+        (["Exempt", ".of", "Bounded", ".of.of", "Nope"], ["--model.weighting.of.of 'Nope' is none of ASFT, Bounded,"]),
         (["Bounded"], ["of"]),
         (["Bounded", ".of", "DFT", ".lwo", "1"], ["lwo"]),
         (["Bounded", ".of", "DFT", ".of.flor", "1"], ["flor"]),

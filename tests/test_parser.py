@@ -21,7 +21,7 @@ WRONG = {
     ),
     "an option that there is not": (
         [*MIXED, "--model.weighting.of", "DFT", "--model.weighting.of.flor", "1"],
-        "--model.weighting.of.flor: what is named before it has no such option",
+        "--model.weighting.of.flor: DFT has no such option; did you mean --model.weighting.of.floor?",
     ),
     "a number": (
         ["--model.weighting", "DFT", "--model.weighting.floor=much"],

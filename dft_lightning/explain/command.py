@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dft_lightning.errors import UserError
+from dft_lightning.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from dft_lightning.weighting import TokenWeighting
@@ -41,7 +42,8 @@ def main(args: Sequence[str]) -> int:
         elif not given or given == ["--markdown"]:
             print(_markdown() if given else listing())
         elif given[0].startswith("-"):
-            raise UserError(f"dft weightings takes a NAME first, or --markdown, not {given[0]!r}")
+            meant = did_you_mean(given[0], ["--markdown", "--help"])
+            raise UserError(f"dft weightings takes a NAME first, or --markdown, not {given[0]!r}{meant}")
         else:
             path, options = _without_plot(given[1:])
             print(explanation(given[0], options, path))
@@ -158,14 +160,19 @@ def _made(entry: "Entry", options: Sequence[str]) -> "TokenWeighting | str":
     try:
         made = instantiate(parser.parse_args([f"--weighting={path}", *prefixed])).weighting
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_said(entry.name, str(error))) from error
+        raise UserError(_said(entry, str(error))) from error
     assert isinstance(made, TokenWeighting)
     return made
 
 
-def _said(name: str, text: str) -> str:
+def _said(entry: "Entry", text: str) -> str:
     """An error in a field, without the parser's way to it."""
+    name = entry.name
     text = re.sub(r'Parser key "weighting": (Problem with given class_path \S+ )?', "", " ".join(text.split()))
+    if unknown := re.fullmatch(r"Option '([\w.]+)' is not accepted", text):
+        fields = list(inspect.signature(entry.cls).parameters)
+        meant = did_you_mean(unknown[1], ["plot", *fields], "--") or f"; it has {', '.join(fields) or 'no options'}"
+        return f"--{unknown[1]}: {name} has no such option{meant}"
     return text if text.startswith(f"{name}.") else f"{name}: {text}"
 
 

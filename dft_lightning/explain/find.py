@@ -3,6 +3,7 @@
 import importlib
 
 from dft_lightning.errors import UserError
+from dft_lightning.suggestions import did_you_mean
 from dft_lightning.weighting import TokenWeighting
 from dft_lightning.weighting.catalogue import Entry, entries, weightings_in
 from dft_lightning.weighting.plugins import load_plugins
@@ -26,7 +27,8 @@ def find(name: str) -> Entry:
         return known[name]
     if "." not in name:
         listed = ", ".join(sorted(known))
-        raise UserError(f"no weighting {name!r}; there are {listed}; one of your own is named as file.Class")
+        meant = did_you_mean(name, known)
+        raise UserError(f"no weighting {name!r}; there are {listed}; one of your own is named as file.Class{meant}")
     return _own(name)
 
 

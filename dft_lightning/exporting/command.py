@@ -1,6 +1,7 @@
 """`dft export CHECKPOINT OUT`: a Hugging Face folder out of a run's checkpoint, on one CPU."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dft_lightning.adapter_names import of_adapter
 from dft_lightning.errors import UserError
+from dft_lightning.quiet import quieten
+from dft_lightning.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from dft_lightning.exporting.stored import Stored
@@ -20,10 +23,22 @@ state is not read. An adapter is written as such."""
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as everywhere in `dft`."""
+        if choice := re.search(r"argument --(\w+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            meant = did_you_mean(choice[2], re.findall(r"\w+", choice[3]))
+            message = f"--{choice[1]} is {choice[2]!r}; expected one of {choice[3]}{meant}"
         self.exit(2, f"dft: error: {message}\n")
 
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """An error that names the first option that there is not, and the nearest that there is."""
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in (*known, "--"):
+                meant = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+                self.error(f"{name}: no such option of dft export{meant}")
 
-def _parser() -> argparse.ArgumentParser:
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="dft export", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -93,7 +108,10 @@ def _card(stored: "Stored", given: argparse.Namespace) -> str:
 
 def main(args: Sequence[str]) -> int:
     """Run `dft export` with these arguments; 2 where they cannot be used."""
-    given = _parser().parse_args(args)
+    parser = _parser()
+    parser.refuse_unknown(args)
+    given = parser.parse_args(args)
+    quieten()
     try:
         done = export(given)
     except (UserError, OSError) as error:

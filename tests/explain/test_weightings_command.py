@@ -105,7 +105,7 @@ def test_an_image(capsys, tmp_path):
     [
         (["DTF"], "no weighting 'DTF'; there are ASFT, Bounded"),
         (["DFT", "--floor", "2"], "error: DFT.floor is 2.0; expected a number from 0 to 1"),
-        (["DFT", "--flor", "0.1"], "error: DFT: Option 'flor' is not accepted"),
+        (["DFT", "--flor", "0.1"], "error: --flor: DFT has no such option; did you mean --floor?"),
         (["DFT", "--floor", "much"], 'error: DFT: Parser key "floor": '),
         (["DFT", "--plot"], "--plot needs a file"),
         (["DFT", "--plot", "nowhere/dft.png"], "--plot nowhere/dft.png"),
