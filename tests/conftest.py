@@ -54,20 +54,33 @@ def own_cache(tmp_path, monkeypatch, request):
         monkeypatch.setenv("DFT_CACHE", str(tmp_path / "cache"))
 
 
+def end_process_group(before: dict[str, str | None]) -> list[str]:
+    """Close the process group and restore the address; what there was to close."""
+    left = [name for name, value in before.items() if os.environ.get(name) != value]
+    for name in left:
+        os.environ.pop(name, None)
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        left.append("a process group")
+    return left
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
     """A test that leaves a process group or its address behind fails: later ranks would meet there."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
     yield
-    left = [name for name, value in before.items() if os.environ.get(name) != value]
-    for name in left:
-        os.environ.pop(name, None)
-        if before[name] is not None:
-            os.environ[name] = before[name]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        left.append("a process group")
+    left = end_process_group(before)
     assert not left, f"left behind by this test: {', '.join(left)}"
+
+
+@pytest.fixture
+def process_group():
+    """For a test that trains in this process with a strategy that has a group: it is closed afterwards."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    yield
+    end_process_group(before)
 
 
 def tiny_tokenizer():

@@ -116,7 +116,7 @@ class Killer:
         self.around(place, "remove", "before what is old is removed", "what is old is removed")
         finish = place.finish
 
-        def halfway(path: Path) -> None:
+        def halfway(path: Path, *rest: object) -> None:
             unfinished = place.unfinished(path)
             parts = {part: part.read_bytes() for part in [*unfinished.rglob("*.distcp")] or [unfinished]}
             for part, whole in parts.items():
@@ -124,7 +124,7 @@ class Killer:
             self("a checkpoint is half-written")
             for part, whole in parts.items():
                 part.write_bytes(whole)
-            finish(path)
+            finish(path, *rest)
 
         place.finish = halfway
 

@@ -42,6 +42,7 @@ SPANS = f"{RENDERING}test_every_assistant_turn_and_its_stop_are_supervised"
 SEEDS, OPTIONS, OPTIMIZERS = "tests/test_seeds.py::", "tests/test_optimizer_options.py::", "tests/test_optimizers.py::"
 SCHEDULES, FREEZING = "tests/test_schedules.py::", "tests/test_freezing.py::"
 FOUR_BITS = "tests/test_quantization.py::"
+GPU = "tests/benchmarks/test_gpu_runner.py::"
 PREEMPTION, EXPORTED = f"{CALLBACKS}preemption.py::", "tests/exporting/test_export_command.py::"
 WRITTEN = "tests/checkpointing/test_run_checkpoints.py::"
 MADE_UP, RENDEZVOUS = f"{PREEMPTION}test_a_validation_that_is_due_is_made_up_for", "tests/test_rendezvous.py"
@@ -655,6 +656,7 @@ FAULTS = [
     fault(0, "torch's kernel told what 2.11 lacks", "varlen.py", 'if "enable_gqa" in _OPTIONS_OF_KERNEL:', "if True:", "tests/test_varlen_versions.py"),
     fault(0, "torch 2.10's scale is not honoured", "varlen.py", "        q = q * (scaling * q.shape[-1] ** 0.5)", "        pass", "tests/test_varlen_versions.py"),
     fault(0, "one key too many in torch's window", "varlen.py", "-1 if window is None else window - 1, 0", "-1 if window is None else window, 0", "tests/test_varlen_versions.py"),
+    fault(0, "a search restores gathered copies of shards", "callbacks/lr_search.py", "        let_go(module._network)  # after a forward pass alone, gathered copies stand in for sharded weights\n", "", "tests/callbacks/test_averaging_ranks.py::test_on_sharded_weights"),
     fault(0, "a GPU part's children outlive its limit", "../benchmarks/gpu/process.py", "            children |= descendants(process.pid)\n", "", f"{GPU}test_a_part_is_killed_at_its_limit_with_all_that_it_has_started", ("children | descendants(process.pid)", "children")),
     fault(0, "a GPU part without a time limit", "../benchmarks/gpu/runner.py", "min(_DRY_SECONDS if self.options.dry_run else part.seconds, left)", "left", f"{GPU}test_a_part_is_killed_at_its_limit_with_all_that_it_has_started"),
     fault(0, "a crash of a GPU part is no failure", "../benchmarks/gpu/runner.py", "if exit_code else", "if False else", f"{GPU}test_a_failure_does_not_stop_the_rest"),
@@ -744,7 +746,6 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for name in ("dft_lightning", "tests", "configs", "benchmarks"):
-        for name in ("dft_lightning", "tests", "configs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))

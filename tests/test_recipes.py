@@ -194,6 +194,7 @@ def assert_answers(exported: Path, stops: list[str]) -> None:
     assert {*map(tokenizer.convert_tokens_to_ids, stops)} <= {*(ends if isinstance(ends, list) else [ends])}
 
 
+@pytest.mark.usefixtures("process_group")
 class TestOneProcess:
     @pytest.mark.slow
     @pytest.mark.parametrize("recipe", rows_of(CHOSEN))

@@ -21,6 +21,7 @@ from dft_lightning.errors import UserError
 from dft_lightning.module_base import ratios
 from dft_lightning.nonfinite import SkippedSteps
 from dft_lightning.optimization import restore_settings
+from dft_lightning.sharding.layers import let_go
 from dft_lightning.step import StepInTheMaking
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class _Search:
     def _undone(self) -> Iterator[None]:
         """Whatever happens within to weights, optimizer and counters, afterwards they are as before."""
         trainer, module, optimizer = self.trainer, self.module, self.trainer.optimizers[0]
+        let_go(module._network)  # after a forward pass alone, gathered copies stand in for sharded weights
         trained = [weight for weight in module.parameters() if weight.requires_grad]
         weights = [weight.detach().clone() for weight in trained]
         states = {weight: copy.deepcopy(state) for weight, state in optimizer.state.items()}

@@ -182,7 +182,8 @@ def test_a_dry_run_has_files_of_its_own(folder):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_what_is_there(folder, sent):
-    program = f"""import sys
+    program = f"""import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell without a terminal has it ignored
 sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(Path(__file__).parent)!r}, {str(ROOT / "tests")!r}]
 import test_gpu_runner as tests
 from pathlib import Path

@@ -32,6 +32,5 @@ def test_two_ranks_average_and_search_as_one_does(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # fails since the branches of this work were merged: see NOTES.md
 def test_on_sharded_weights(folder):
     start(2, averaging_ranks.__file__, "sharded", folder)
