@@ -9,6 +9,11 @@ def printable(text: object) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(text))
 
 
+def lines_of(text: str) -> str:
+    """A message whose lines may be several, without anything else that a terminal obeys."""
+    return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
+
+
 class UserError(ValueError):
     """Something the user gave cannot be used: the message names it, what was expected, and what to change.
 

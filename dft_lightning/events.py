@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.disk import writing
-from dft_lightning.errors import printable
+from dft_lightning.errors import lines_of, printable
 
 
 def _named(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,11 +28,6 @@ class EventLogger(TensorBoardLogger):
     log_hyperparams = _named(TensorBoardLogger.log_hyperparams)  # type: ignore[assignment]
     save = _named(TensorBoardLogger.save)
     finalize = _named(TensorBoardLogger.finalize)
-
-
-def lines_of(text: str) -> str:
-    """A message whose lines may be several, without anything else that a terminal obeys."""
-    return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
 
 
 def _escape(record: logging.LogRecord) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.data import ChatDataModule
+from dft_lightning.errors import printable
 from dft_lightning.optimizer_options import optimizer_hint, with_full_names
 from dft_lightning.weighting.plugins import load_plugins, weightings
 
@@ -34,7 +35,7 @@ class Parser(LightningArgumentParser):
             text += ": name the weighting that is modified, as in --model.weighting.of DFT"
         text = optimizer_hint(text, self.given) or text
         text = nameless(text, self.given) or wrong_value(text, self.given) or text
-        self.exit(2, f"dft: error: {text}\n")
+        self.exit(2, f"dft: error: {printable(text)}\n")
         raise AssertionError("exit returns")
 
 
