@@ -1,8 +1,9 @@
 """What a run says while it goes: TensorBoard's event files, and lines on the terminal."""
 
 import logging
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -30,10 +31,16 @@ class EventLogger(TensorBoardLogger):
     finalize = _named(TensorBoardLogger.finalize)
 
 
+#: Whose messages have one line each, so that a line break in them is that of a name: ours, and those with a path.
+_PACKAGE, _WITH_PATHS = os.path.dirname(__file__), "checkpoint_connector.py"
+
+
+def _shown(text: str, file: str) -> str:
+    return printable(text) if file.startswith(_PACKAGE) or file.endswith(_WITH_PATHS) else lines_of(text)
+
+
 def _escape(record: logging.LogRecord) -> bool:
-    if not isinstance(record.args, Mapping):
-        record.args = tuple(printable(value) if isinstance(value, str) else value for value in record.args or ())
-    record.msg, record.args = lines_of(record.getMessage()), ()
+    record.msg, record.args = _shown(record.getMessage(), record.pathname), ()
     return True
 
 
@@ -47,8 +54,8 @@ def escape_logs() -> None:
     if getattr(usual, "_escapes", False):
         return
 
-    def escaped(message: Any, *args: Any, **options: Any) -> str:
-        return usual(lines_of(str(message)), *args, **options)  # type: ignore[arg-type]
+    def escaped(message: Any, category: type[Warning], filename: str, *args: Any, **options: Any) -> str:
+        return usual(_shown(str(message), filename), category, filename, *args, **options)  # type: ignore[arg-type]
 
     escaped._escapes = True  # type: ignore[attr-defined]
-    warnings.formatwarning = escaped  # type: ignore[assignment]
+    warnings.formatwarning = escaped
