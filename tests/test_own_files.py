@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import sums, write_jsonl
+from launching import DDP, LONG, TORCHRUN, Runs
 
 from dft_lightning.__main__ import main
 from dft_lightning.errors import UserError
@@ -224,6 +225,7 @@ ADDED = [
 ]
 
 
+BY_TORCHRUN = [*TORCHRUN, "-m", "dft_lightning"]
 LINKED = ("tensorboard", "export", "predictions")
 
 
@@ -302,3 +304,19 @@ def test_the_configuration_says_what_the_folder_is(dft):
     assert yaml.safe_load(Path("run/config.yaml").read_text())["run_dir"] == "run"
     marker = json.loads((Path("run") / FILE).read_text())
     assert sorted(marker["exported"]["export"]) == files_of(Path("run/export"))
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_two_ranks_by_torchrun(tmp_path):
+    """They start at the same moment: none refuses the folder for what the first one has written."""
+    runs = Runs(tmp_path)
+    runs.whole("fresh", DDP, BY_TORCHRUN)
+    assert (tmp_path / "fresh" / FILE).exists()
+    make(tmp_path / "fresh", ["notes.txt", "checkpoints/mine.ckpt"])
+    runs.whole("fresh", f"{DDP} --overwrite true", BY_TORCHRUN)
+    assert (tmp_path / "fresh/checkpoints/mine.ckpt").exists()
+    make(tmp_path / "taken", ["main.py"])
+    assert runs.start("taken", DDP, BY_TORCHRUN).wait(LONG) != 0
+    assert "is not the folder of a run" in runs.log("taken")
+    assert os.listdir(tmp_path / "taken") == ["main.py"]

@@ -104,8 +104,9 @@ def is_metric(name: str) -> bool:
 def _front(options: Mapping[str, Any], weighting: str, adapter: bool) -> str:
     tags = ["dft-lightning", weighting.partition("(")[0]]
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if not os.path.exists(options["model_name"]):  # a folder of this machine says nothing to others
-        head["base_model"] = options["model_name"]
+    name = options["model_name"]
+    if not os.path.exists(name) and without_folders(name) == name:  # a folder says nothing to others
+        head["base_model"] = name
     return f"---\n{yaml.safe_dump(head | {'tags': tags}, sort_keys=False)}---"
 
 
@@ -123,8 +124,10 @@ def _data(run_dir: Path) -> str:
 def without_folders(name: Any) -> str:
     """A name as it is, but of an absolute path, which says nothing to others, its last part alone."""
     text = str(name)
-    path = PurePath(os.path.expanduser(text))
-    return path.name if path.is_absolute() or PureWindowsPath(text).is_absolute() else text
+    for path in (PurePath(os.path.expanduser(text)), PureWindowsPath(text)):
+        if path.is_absolute():
+            return path.name
+    return text
 
 
 def _without_folders_within(value: Any, key: str = "") -> Any:
