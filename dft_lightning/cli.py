@@ -267,13 +267,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
-    except MisconfigurationException as error:
-        if os.environ.get("DFT_TRACEBACK"):
-            raise
-        print(f"dft: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if os.environ.get("DFT_TRACEBACK") or (line := reported(error)) is None:
+        if os.environ.get("DFT_TRACEBACK") or (line := _line_of(error)) is None:
             raise
         print(f"dft: error: {line}", file=sys.stderr)
         return 2
@@ -285,6 +280,14 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         command_line.claim.release()
         command_line.lock.release()
     return 0
+
+
+def _line_of(error: Exception) -> str | None:
+    """One line for wrong options that Lightning finds, and for what the file system refuses; else None."""
+    if isinstance(error, MisconfigurationException):
+        return printable(" ".join(str(error).split()))
+    found = reported(error)
+    return None if found is None else str(found)
 
 
 #: What the strategy's short name stands for: its class, whose settings are merged with those of configuration files.

@@ -26,7 +26,7 @@ class EventLogger(TensorBoardLogger):
     """TensorBoard's logger; a disk that takes no more events is one line."""
 
     log_metrics = _named(TensorBoardLogger.log_metrics)
-    log_hyperparams = _named(TensorBoardLogger.log_hyperparams)  # type: ignore[assignment]
+    log_hyperparams = _named(TensorBoardLogger.log_hyperparams)
     save = _named(TensorBoardLogger.save)
     finalize = _named(TensorBoardLogger.finalize)
 
@@ -47,7 +47,7 @@ def _escape(record: logging.LogRecord) -> bool:
 def escape_logs() -> None:
     """Show names of files, columns and models in messages and warnings as escapes where a terminal would obey them."""
     for name in ("lightning.pytorch", "lightning.fabric", "dft_lightning"):
-        for handler in logging.getLogger(name).handlers or [logging.lastResort]:
+        for handler in [*logging.getLogger(name).handlers, logging.lastResort]:
             if handler is not None and _escape not in handler.filters:
                 handler.addFilter(_escape)
     usual = warnings.formatwarning
@@ -55,7 +55,7 @@ def escape_logs() -> None:
         return
 
     def escaped(message: Any, category: type[Warning], filename: str, *args: Any, **options: Any) -> str:
-        return usual(_shown(str(message), filename), category, filename, *args, **options)  # type: ignore[arg-type]
+        return usual(_shown(str(message), filename), category, filename, *args, **options)
 
     escaped._escapes = True  # type: ignore[attr-defined]
     warnings.formatwarning = escaped
