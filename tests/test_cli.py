@@ -391,6 +391,7 @@ class TestErrors:
     def test_a_damaged_checkpoint(self, dft, capsys):
         folder = Path("run/checkpoints")
         folder.mkdir(parents=True)
+        Path("run/.dft-run.json").touch()
         (folder / "last.ckpt").write_bytes(b"PK\x03\x04 half of it")
         fails(
             lambda: dft("fit", "--model.weighting", "DFT"), capsys, "cannot read checkpoint run/checkpoints/last.ckpt"
