@@ -125,7 +125,7 @@ class TestFit:
         ):
             assert said in printed, said
         run = Path("run")
-        files = {"config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
+        files = {".dft-run.json", "config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
         assert {path.name for path in run.iterdir()} == files
         assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
         logged = scalars(run)
