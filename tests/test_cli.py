@@ -239,6 +239,7 @@ class TestFit:
 
     def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, caplog):
         Path("run/checkpoints").mkdir(parents=True)
+        Path("run/.dft-run.json").touch()
         Path("run/checkpoints/.last.ckpt.unfinished").write_bytes(b"PK half")
         assert dft("fit", "--model.weighting", "DFT", "--ckpt_path", "last") == 0
         assert "no whole checkpoint, only one that was cut off" in caplog.text
