@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dft_lightning.callbacks import (
     Checkpoints,
@@ -37,7 +36,9 @@ from dft_lightning.checkpointing.lock import RunLock
 from dft_lightning.config_check import refuse_unreadable
 from dft_lightning.config_file import SaveConfig
 from dft_lightning.data import ChatDataModule
-from dft_lightning.errors import UserError
+from dft_lightning.disk import quiet_threads, reported
+from dft_lightning.errors import UserError, printable
+from dft_lightning.events import EventLogger, escape_logs
 from dft_lightning.module import FineTuner
 from dft_lightning.optimization import PAPERS_ADAMW
 from dft_lightning.optimizer_options import with_own_options
@@ -48,7 +49,8 @@ from dft_lightning.refusals import refuse_combinations
 from dft_lightning.rendezvous import meet_anew
 from dft_lightning.restarts import is_started_again
 from dft_lightning.resume import CHECKPOINT_KEY, Change, identity_by_options, refuse
-from dft_lightning.run_folder import ASIDE, find_checkpoint, move_run, read_checkpoint, refuse_own
+from dft_lightning.run_folder import find_checkpoint, read_checkpoint, refuse_own, set_aside
+from dft_lightning.run_marker import Claim, check
 from dft_lightning.seeds import data_seed, drawn, resumed
 from dft_lightning.sharding import FSDP2Strategy
 from dft_lightning.signals import AGAIN, NOTICE, Preempted
@@ -75,13 +77,14 @@ class CommandLine(LightningCLI):
             type=str,
             default="runs/default",
             help="Folder of the run: config.yaml, environment.json, tensorboard/, checkpoints/, export/, predictions/. "
-            "The same command goes on there.",
+            "The same command resumes there. A folder with files of others is refused.",
         )
         parser.add_argument(
             "--overwrite",
             type=bool,
             default=False,
-            help="Start a fit anew: what an earlier one left in run_dir is removed when the training begins.",
+            help="Start a fit from scratch: what an earlier run wrote in run_dir is removed when the training begins; "
+            "files of others stay.",
         )
         parser.add_argument(
             "--allow_changes",
@@ -128,6 +131,8 @@ class CommandLine(LightningCLI):
         refuse_names(config.trainer)
         refuse_precision_name(self._precision, config.trainer.accelerator)
         asked, fit = config.get("ckpt_path"), self.subcommand == "fit"
+        if self.subcommand in ("fit", "predict"):
+            check(self.run_dir)
         if fit and is_started_again(self.run_dir):
             config.overwrite = False
             asked = "last" if find_checkpoint(self.run_dir, None, "fit") else asked
@@ -175,10 +180,17 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """With `--overwrite`, move an earlier run out of the way; it is removed when this one begins to train."""
-        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            self.lock.take(self.run_dir)
-        if self.config.fit.overwrite and self.trainer.is_global_zero and self.run_dir.exists():
-            move_run(self.run_dir, self.run_dir / ASIDE)
+        if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False):
+            return
+        self.lock.take(self.run_dir)
+        self.claim.take(self.run_dir)
+        if self.config.fit.overwrite:
+            set_aside(self.run_dir)
+
+    def before_predict(self) -> None:
+        """The folder's marker is written first."""
+        if self.trainer.is_global_zero:
+            self.claim.take(self.run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
@@ -198,12 +210,13 @@ class CommandLine(LightningCLI):
         callbacks.sort(key=lambda callback: isinstance(callback, Progress) - isinstance(callback, SaveConfig))
         return trainer
 
-    def _logger(self) -> TensorBoardLogger:
+    def _logger(self) -> EventLogger:
         """TensorBoard's events, without those of a run that was not gone on with, or later than the checkpoint."""
         later: Any = {"purge_step": self._step + 1 if self._stored else 0}
-        return TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **later)
+        return EventLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False, **later)
 
     lock = RunLock()
+    claim = Claim()
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
 
@@ -233,6 +246,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     """Parse, run and report in one line what the user has to mend."""
     sys.path.insert(0, os.getcwd())  # for a weighting from the user's own file
     quieten()
+    quiet_threads()
+    escape_logs()
     load_plugins()
     write_enums()
     meet_anew()
@@ -255,18 +270,27 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
         return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
-    except MisconfigurationException as error:
-        if os.environ.get("DFT_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("DFT_TRACEBACK") or (line := _line_of(error)) is None:
             raise
-        print(f"dft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dft: error: {line}", file=sys.stderr)
         return 2
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
         return AGAIN
     finally:
+        command_line.claim.release()
         command_line.lock.release()
     return 0
+
+
+def _line_of(error: Exception) -> str | None:
+    """One line for wrong options that Lightning finds, and for what the file system refuses; else None."""
+    if isinstance(error, MisconfigurationException):
+        return printable(" ".join(str(error).split()))
+    found = reported(error)
+    return None if found is None else str(found)
 
 
 #: What the strategy's short name stands for: its class, whose settings are merged with those of configuration files.

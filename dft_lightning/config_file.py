@@ -1,6 +1,5 @@
 """`run_dir/config.yaml`: the configuration of a fit, as parsed and merged, from when its training begins."""
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
-from dft_lightning.run_folder import ASIDE, move_run
+from dft_lightning.disk import writing
+from dft_lightning.run_folder import bring_back, remove_aside
 
 
 class SaveConfig(SaveConfigCallback):
@@ -24,18 +24,19 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is in place: what `--overwrite` has set aside can go."""
-        self._began = True
         if trainer.is_global_zero:
             self._write(Path(trainer.default_root_dir))
-            shutil.rmtree(Path(trainer.default_root_dir) / ASIDE, ignore_errors=True)
+            remove_aside(Path(trainer.default_root_dir))
+        self._began = True
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / ".config.yaml.unfinished"
         config = self.config.clone()
         config.ckpt_path, config.overwrite, config.allow_changes = None, False, []  # of this start, not of the run
-        self.parser.save(config, unfinished, skip_none=False, overwrite=True, multifile=False)
-        unfinished.rename(folder / "config.yaml")
+        with writing(folder / "config.yaml", "--run_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(config, unfinished, skip_none=False, overwrite=True, multifile=False)
+            unfinished.rename(folder / "config.yaml")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A false start: its events go, and what was set aside comes back."""
@@ -43,16 +44,16 @@ class SaveConfig(SaveConfigCallback):
         if self._began or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:  # it would write its file anew when it closes it
-            logger.finalize("failed")
+            with suppress(OSError):  # the disk may be why the run ends
+                logger.finalize("failed")
+        (run_dir / ".config.yaml.unfinished").unlink(missing_ok=True)
         for path in _events(run_dir):
             if path.name not in self._earlier:
                 path.unlink()
         for folder in (run_dir / "tensorboard", run_dir):
             with suppress(OSError):  # not empty, or not there
                 folder.rmdir()
-        if (run_dir / ASIDE).exists():
-            move_run(run_dir / ASIDE, run_dir)
-            (run_dir / ASIDE).rmdir()
+        bring_back(run_dir)
 
 
 def _events(run_dir: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 from dft_lightning.callbacks.looks.tally import Tally
 from dft_lightning.cli import CommandLine, run
 from dft_lightning.data import PracticeDataModule
-from dft_lightning.errors import UserError
+from dft_lightning.errors import UserError, printable
 from dft_lightning.evaluation.generation import generate
 from dft_lightning.evaluation.grading import Accuracy, boxed_answer, exact_match
 from dft_lightning.loading import ModelSource, load_model
@@ -92,8 +92,8 @@ class Demo(CommandLine):
         print(f"A problem:  {cast(PracticeDataModule, self.datamodule).held_out[0]['problem']}")
         print(f"  before:   {_one_line(self.before.example)}")
         print(f"  after:    {_one_line(after.example)}")
-        print(f"Exported model: {export}")
-        print(f"Look inside:    {_program('tensorboard')} --logdir {self.run_dir / 'tensorboard'}")
+        print(f"Exported model: {printable(export)}")
+        print(f"Look inside:    {_program('tensorboard')} --logdir {printable(self.run_dir / 'tensorboard')}")
 
 
 def show(before: Look, after: Look, weighting: str) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dft_lightning.disk import writing
 from dft_lightning.errors import UserError
 
 #: What to write as `--model.model_name` for it.
@@ -39,16 +40,21 @@ def embedded_model() -> Path:
     package = found[_PACKAGE]
     assert package is not None
     assert package.origin is not None
+    with writing(folder, "the environment variable DFT_CACHE"):
+        _make(Path(package.origin).parent, folder)
+    return folder
+
+
+def _make(source: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as made:
-        _convert(Path(package.origin).parent, Path(made))
+        _convert(source, Path(made))
         try:
             Path(made).rename(folder)
             Path(made).mkdir()  # for TemporaryDirectory to remove
         except OSError:
             if not (folder / "config.json").exists():  # somebody else was not faster: a real error
                 raise
-    return folder
 
 
 def _convert(source: Path, target: Path) -> None:

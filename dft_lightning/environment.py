@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dft_lightning.disk import writing
 from dft_lightning.planning.automatic import capacity_of
 
 FILE = "environment.json"
@@ -132,11 +133,12 @@ def starts(run_dir: Path) -> list[dict[str, Any]]:
 
 def record(run_dir: Path, found: Mapping[str, Any]) -> None:
     """Add a start to the run's list; the file is whole at every moment."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"starts": [*starts(run_dir), found]}, indent=1, default=str)
     unfinished = run_dir / f".{FILE}.unfinished"
-    unfinished.write_text(f"{text}\n", encoding="utf-8")
-    os.replace(unfinished, run_dir / FILE)
+    with writing(run_dir / FILE, "--run_dir"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(unfinished, run_dir / FILE)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ from dft_lightning.scoring import WeightedModule
 from dft_lightning.seeds import run_seed, seeded
 from dft_lightning.step import StepInTheMaking
 from dft_lightning.weighting import TokenStats, TokenWeighting
-from dft_lightning.weighting.spec import from_spec, to_spec
+from dft_lightning.weighting.spec import check_instance, from_spec, to_spec
 
 if TYPE_CHECKING:
     from dft_lightning.data import ChatDataModule
@@ -128,6 +128,10 @@ class FineTuner(WeightedModule):
         super().__init__()
         # A checkpoint holds plain data, and is loaded without pickle: a weighting and LoRA come back as dictionaries.
         self.weighting = _revived(weighting, from_spec)
+        try:
+            check_instance(self.weighting)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.lora = _revived(lora, lambda fields: LoRA(**fields))
         muon_adamw = _revived(muon_adamw, lambda fields: MuonAdamW(**fields))
         given |= {"lora": self.lora and asdict(self.lora), "muon_adamw": muon_adamw and asdict(muon_adamw)}

@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: passed over, counted, and their rows named."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from dft_lightning.disk import writing
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -59,7 +62,10 @@ class SkippedSteps:
             lines = path.read_text().splitlines(keepends=True)
             # a last line without its end was cut off by a kill
             whole = [line for line in lines if line.endswith("\n")]
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] < trainer.global_step))
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            with writing(path, "--run_dir"):
+                unfinished.write_text("".join(line for line in whole if json.loads(line)["step"] < trainer.global_step))
+                os.replace(unfinished, path)
 
     @staticmethod
     def _file(trainer: "pl.Trainer") -> Path:
@@ -77,10 +83,11 @@ class SkippedSteps:
         rows, bad = (sorted({row for part in every for row in part[which] if row >= 0}) for which in (0, 1))
         named = [[int(row if origin is None else origin[row]) for row in some] for some in (rows, bad)]
         path = self._file(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": trainer.global_step, **{key: repr(value) for key, value in facts.items()}}
-        with path.open("a") as file:
-            file.write(json.dumps(line | {"rows_with_a_non_finite_token": named[1], "rows": named[0]}) + "\n")
+        with writing(path, "--run_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(line | {"rows_with_a_non_finite_token": named[1], "rows": named[0]}) + "\n")
         rank_zero_warn(
             f"step {trainer.global_step} is skipped: its loss or gradient is not finite "
             f"({', '.join(f'{key} {value}' for key, value in facts.items())}); weights, optimizer and schedule stay as "

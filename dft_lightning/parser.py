@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.data import ChatDataModule
+from dft_lightning.errors import printable
 from dft_lightning.optimizer_options import optimizer_hint, with_full_names
 from dft_lightning.option_names import find_unknown, known_options, unknown_class
 from dft_lightning.option_sources import Entry, entries, options
@@ -39,7 +40,7 @@ class Parser(LightningArgumentParser):
         """Print the message without usage and traceback."""
         text = " ".join(message.split())
         text = self._with_names(text)
-        self.exit(2, f"dft: error: {text}\n")
+        self.exit(2, f"dft: error: {printable(text)}\n")
         raise AssertionError("exit returns")
 
     def _with_names(self, text: str) -> str:

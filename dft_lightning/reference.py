@@ -8,8 +8,8 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dft_lightning.adapter_names import of_adapter, without_adapter
+from dft_lightning.disk import writing
 from dft_lightning.embedded import cache_dir
 from dft_lightning.errors import UserError
 from dft_lightning.models import WeightedLM
@@ -161,18 +162,35 @@ def _cached(
     own = trainer.strategy.broadcast(uuid.uuid4().hex[:8])  # another run may make it, too
     made = folder.with_name(f".{key}.{own}")
     part = made / f"rank-{trainer.global_rank}.npz"
-    made.mkdir(parents=True, exist_ok=True)
-    found = _scores(module, network, data.scoring_loader(rows, "reference"))
-    np.savez(part, rows=found[0], lengths=found[1], values=found[2])
+    with writing(folder, "--data.cache_dir"), _removed_on_error(made):
+        made.mkdir(parents=True, exist_ok=True)
+        found = _scores(module, network, data.scoring_loader(rows, "reference"))
+        np.savez(part, rows=found[0], lengths=found[1], values=found[2])
     trainer.strategy.barrier()
     if trainer.is_global_zero:
-        loaded = [np.load(made / f"rank-{rank}.npz") for rank in range(trainer.world_size)]
+        _put(made, folder, trainer.world_size)
+    trainer.strategy.barrier()
+    return RowValues(folder)
+
+
+def _put(made: Path, folder: Path, ranks: int) -> None:
+    """Make one folder out of the parts of all ranks."""
+    with writing(folder, "--data.cache_dir"), _removed_on_error(made):
+        loaded = [np.load(made / f"rank-{rank}.npz") for rank in range(ranks)]
         RowValues.write(made / "whole", [(part["rows"], part["lengths"], part["values"]) for part in loaded])
         with suppress(OSError):  # another run has made it meanwhile
             (made / "whole").rename(folder)
         shutil.rmtree(made)
-    trainer.strategy.barrier()
-    return RowValues(folder)
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """What is not complete is removed: it may be what fills the disk."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _scores(module: "WeightedModule", network: WeightedLM, loader: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

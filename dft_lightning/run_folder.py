@@ -1,7 +1,8 @@
 """The folder that holds a run: what is in it, how it is set aside, and which checkpoint a command starts from."""
 
-import shutil
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,47 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks.checkpoints import checkpoint_folder
 from dft_lightning.checkpointing import skeleton
-from dft_lightning.checkpointing.place import unfinished
+from dft_lightning.checkpointing.place import remove, unfinished
 from dft_lightning.checkpointing.reading import newest_whole
 from dft_lightning.errors import UserError
+from dft_lightning.own_files import files_of, move, own_files
 from dft_lightning.resume import age, identity_by_options
+from dft_lightning.run_marker import listed, update
 
-#: What belongs to a run.
-_CONTENTS = (
-    "config.yaml",
-    "environment.json",
-    "tensorboard",
-    "checkpoints",
-    "export",
-    "export-merged",
-    "predictions",
-    "skipped_steps.jsonl",
-)
 ASIDE = ".overwritten"
 
 
-def move_run(source: Path, target: Path) -> None:
-    """Move what belongs to a run from one folder to another, in place of what is there."""
-    for name in _CONTENTS:
-        if not (source / name).exists():
-            continue
-        if (target / name).is_dir():
-            shutil.rmtree(target / name)
-        target.mkdir(exist_ok=True)
-        (source / name).rename(target / name)
+def set_aside(run_dir: Path) -> None:
+    """Move an earlier run's own files out of the way, for `--overwrite`.
+
+    Raises:
+        UserError: one of its folders is a link.
+    """
+    known = listed(run_dir)
+    move([*own_files(run_dir, known)], run_dir, run_dir / ASIDE)
+
+
+def bring_back(run_dir: Path) -> None:
+    """Move back what was set aside: nothing came of the run that would have replaced it."""
+    if (run_dir / ASIDE).is_dir():
+        move([Path(name) for name in files_of(run_dir / ASIDE)], run_dir / ASIDE, run_dir)
+        _without_empty_folders(run_dir / ASIDE)
+
+
+def remove_aside(run_dir: Path) -> None:
+    """Remove what was set aside, apart from files of others, which earlier versions set aside, too."""
+    if (run_dir / ASIDE).is_dir() and not (run_dir / ASIDE).is_symlink():
+        for path in own_files(run_dir / ASIDE, listed(run_dir)):
+            remove(run_dir / ASIDE / path)
+        _without_empty_folders(run_dir / ASIDE)
+        update(run_dir, exported={})
+
+
+def _without_empty_folders(folder: Path) -> None:
+    """Remove those, and the folder itself if it is one."""
+    for where, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty
+            os.rmdir(where)
 
 
 def find_checkpoint(run_dir: Path, asked: str | None, subcommand: str) -> str | None:

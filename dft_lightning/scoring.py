@@ -86,7 +86,11 @@ class WeightedModule(ModuleBase):
 
     @property
     def _network(self) -> WeightedLM:
-        assert self.network is not None, "configure_model has not run"
+        if self.network is None:
+            raise UserError(
+                "the model is not loaded yet: a fit, validate, test or predict of the trainer loads it, and so does "
+                "configure_model()"
+            )
         return self.network
 
     @cached_property

@@ -125,7 +125,7 @@ class TestFit:
         ):
             assert said in printed, said
         run = Path("run")
-        files = {"config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
+        files = {".dft-run.json", "config.yaml", "environment.json", "checkpoints", "export", "tensorboard"}
         assert {path.name for path in run.iterdir()} == files
         assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
         logged = scalars(run)
@@ -239,6 +239,7 @@ class TestFit:
 
     def test_only_a_cut_off_checkpoint_is_none_at_all(self, dft, caplog):
         Path("run/checkpoints").mkdir(parents=True)
+        Path("run/.dft-run.json").touch()
         Path("run/checkpoints/.last.ckpt.unfinished").write_bytes(b"PK half")
         assert dft("fit", "--model.weighting", "DFT", "--ckpt_path", "last") == 0
         assert "no whole checkpoint, only one that was cut off" in caplog.text
@@ -391,6 +392,7 @@ class TestErrors:
     def test_a_damaged_checkpoint(self, dft, capsys):
         folder = Path("run/checkpoints")
         folder.mkdir(parents=True)
+        Path("run/.dft-run.json").touch()
         (folder / "last.ckpt").write_bytes(b"PK\x03\x04 half of it")
         fails(
             lambda: dft("fit", "--model.weighting", "DFT"), capsys, "cannot read checkpoint run/checkpoints/last.ckpt"

@@ -119,4 +119,4 @@ def _write(module: "FineTuner", stored: Stored | None, model: Any, folder: Path,
     else:
         text = card(stored.options, stored.facts, stored.step, logged_metrics(run_dir, stored.step), run_dir, is_merged)
     with_base = module.adapter == "merge" and module.lora is not None and not is_merged
-    write_model(model, module.tokenizer, folder, text, with_base=with_base)
+    write_model(model, module.tokenizer, folder, text, with_base=with_base, run_dir=run_dir)

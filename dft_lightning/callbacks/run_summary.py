@@ -14,6 +14,7 @@ from dft_lightning.attention import implementation_of
 from dft_lightning.averaging import averaging_in_words
 from dft_lightning.callbacks.throughput import Throughput
 from dft_lightning.data.packing import Packed
+from dft_lightning.errors import lines_of, printable
 from dft_lightning.optimizers import described as groups_of
 from dft_lightning.precision import precision_of
 from dft_lightning.quantization import numbers
@@ -57,7 +58,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     facts = {
         "objective": f"−Σ sg(w)·log π(y), w by {module.weighting!r}",
         "normalised by": f"{module.normalize}: {_NORMALIZE[module.normalize]}",
-        "model": f"{module.source.name}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
+        "model": f"{printable(module.source.name)}, {trained / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters trained",
         "precision": f"{precision_of(trainer)}, weights in {weights}{beside}",
         "attention": _attention(module, cast("ChatDataModule", getattr(trainer, "datamodule", None))),
         "layers": f"{'compiled' if module.compile_layers else 'not compiled'}; recomputed in the backward pass: "
@@ -76,7 +77,7 @@ def run_facts(trainer: pl.Trainer, module: "FineTuner") -> dict[str, str]:
     return facts | {
         "steps": f"{module.total_steps:,} (from step {trainer.global_step:,})",
         "best by": f"{'lowest' if mode == 'min' else 'highest'} {monitor}",
-        "run folder": str(trainer.default_root_dir),
+        "run folder": printable(trainer.default_root_dir),
     }
 
 
@@ -157,8 +158,9 @@ def show(facts: dict[str, str], title: str = "This run") -> None:
     """The facts as a table in the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, title=title, title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(lines_of(value)))  # a name in it may look like rich's markup
     Console().print(table)

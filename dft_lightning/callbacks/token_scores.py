@@ -1,6 +1,6 @@
 """`dft predict`: one row of parquet for every supervised token."""
 
-import shutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+
+from dft_lightning.disk import writing
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -33,11 +35,18 @@ class TokenScores(Callback):
         return Path(trainer.default_root_dir) / "predictions"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the folder, without what an earlier run, maybe on more ranks, has left there."""
+        """Make the folder, without what a predict that was cut off has left there."""
         if trainer.is_global_zero:
-            shutil.rmtree(self.folder(trainer), ignore_errors=True)
+            self._remove(trainer, r"\.part-\d{5}\.parquet\.unfinished")
         trainer.strategy.barrier()
-        self.folder(trainer).mkdir(parents=True, exist_ok=True)
+        with writing(self.folder(trainer), "--run_dir"):
+            self.folder(trainer).mkdir(parents=True, exist_ok=True)
+
+    def _remove(self, trainer: pl.Trainer, name: str) -> None:
+        """Of our own files alone, maybe those of more ranks."""
+        for path in [*self.folder(trainer).glob("*")]:
+            if re.fullmatch(name, path.name) and (path.is_file() or path.is_symlink()):
+                path.unlink()
 
     def _part(self, trainer: pl.Trainer) -> Path:
         return self.folder(trainer) / f".part-{trainer.global_rank:05d}.parquet.unfinished"
@@ -57,16 +66,23 @@ class TokenScores(Callback):
         if not len(tokens["logp"]):
             return
         table = pa.table(_columns(batch, tokens, trainer.datamodule.origin["train"], pl_module.tokenizer))  # type: ignore[attr-defined]
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._part(trainer), table.schema)
-        self._writer.write_table(table)
+        with writing(self._part(trainer), "--run_dir"):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(self._part(trainer), table.schema)
+            self._writer.write_table(table)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the file and give it its name."""
-        if self._writer is None:
+        """Close the files and give them their names, in place of those of an earlier predict."""
+        written, self._writer = self._writer, None
+        if written is not None:
+            with writing(self._part(trainer), "--run_dir"):
+                written.close()
+        trainer.strategy.barrier()  # all are complete
+        if trainer.is_global_zero:
+            self._remove(trainer, r"part-\d{5}\.parquet")
+        trainer.strategy.barrier()
+        if written is None:
             return
-        self._writer.close()
-        self._writer = None
         part = self._part(trainer)
         part.rename(part.with_name(part.name.removeprefix(".").removesuffix(".unfinished")))
         rank_zero_info(f"Token scores written to {self.folder(trainer)}")

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from dft_lightning.checkpointing import checksums, folder, place
 from dft_lightning.checkpointing.reading import DAMAGED, read, skeleton
+from dft_lightning.disk import disk_error
 from dft_lightning.errors import UserError
 
 
@@ -164,7 +165,7 @@ def _reason(error: BaseException) -> str:
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    found = next((one for one in chain if isinstance(one, OSError)), chain[0])
+    found = next((one for one in chain if isinstance(one, OSError)), None) or disk_error(chain[0]) or chain[0]
     return " ".join(str(found).split())[:300]
 
 

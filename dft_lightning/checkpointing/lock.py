@@ -64,11 +64,16 @@ class RunLock:
         if not self._path.exists() or os.fstat(opened).st_ino != self._path.stat().st_ino:
             os.close(opened)  # its holder has just removed it
             return False
+        with suppress(OSError):  # a full disk: it is locked, but does not say by whom
+            self._say(opened)
+        self._file = opened
+        return True
+
+    @staticmethod
+    def _say(opened: int) -> None:
         os.truncate(opened, 0)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         os.write(opened, f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode())
-        self._file = opened
-        return True
 
     def _holder(self) -> str:
         with suppress(OSError):

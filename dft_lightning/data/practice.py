@@ -6,6 +6,7 @@ from typing import Any
 
 from dft_lightning.data.datamodule import ChatDataModule
 from dft_lightning.data.problems import practice_problems
+from dft_lightning.disk import writing
 from dft_lightning.embedded import cache_dir as default_cache_dir
 
 
@@ -36,8 +37,9 @@ class PracticeDataModule(ChatDataModule):
     def prepare_data(self) -> None:
         """Write the problems where the rest of the data stage reads them."""
         for path, rows in self.files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            unfinished.rename(path)
+            with writing(path, "--data.cache_dir"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_suffix(".unfinished")
+                unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                unfinished.rename(path)
         super().prepare_data()

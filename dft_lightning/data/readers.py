@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dft_lightning.chats import UnusableRow
+from dft_lightning.disk import writing
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,11 +35,16 @@ def listed(names: Iterable[str]) -> str:
 
 def write_arrow(files: Mapping[str, Path], target: Path) -> None:
     """Written beside the target and renamed, so that no other process sees a part of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target, "--data.cache_dir"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     first = next(tables := _tables(files))
     draft = target.with_name(f".draft-{uuid4().hex}")
     try:
-        with draft.open("xb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+        with (
+            writing(target, "--data.cache_dir"),
+            draft.open("xb") as sink,
+            pa.ipc.new_stream(sink, first.schema) as writer,
+        ):
             for table in chain([first], tables):
                 writer.write_table(table, _BATCH_ROWS)
         os.replace(draft, target)

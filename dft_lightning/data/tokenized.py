@@ -32,6 +32,7 @@ from dft_lightning.data.unsupported import (
     unused_names,
 )
 from dft_lightning.data.weights import RowWeight, message_weights, row_weight, token_weights
+from dft_lightning.disk import writing
 from dft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -234,30 +235,36 @@ def _open(folder: Path) -> Store | None:
 
 
 def _build(rows: datasets.Dataset, task: _Task, folder: Path, workers: int) -> None:
-    import datasets
-
     draft = folder.with_name(f".draft-{uuid4().hex}")
-    draft.mkdir(parents=True)
-    options = {"batched": True, "batch_size": _BATCH_ROWS, "num_proc": workers or None, "desc": "Tokenizing"}
+    options: dict[str, Any] = {"batched": True, "batch_size": _BATCH_ROWS, "num_proc": workers or None}
+    options |= {"desc": "Tokenizing"}
     options |= {"cache_file_name": str(draft / "rows.arrow"), "load_from_cache_file": False}
     options |= {"new_fingerprint": folder.name[:32]}  # else datasets pickles the renderer to find one
     try:
-        mapped = rows.map(task, features=datasets.Features.from_arrow_schema(pa.schema(_COLUMNS)), **options)
-        files = [Path(file["filename"]) for file in mapped.cache_files]  # in order
-        sizes = {file.name: file.stat().st_size for file in files}
-        manifest = {
-            "files": sizes,
-            "report": asdict(_report(rows, mapped, task.columns)),
-            "largest_id": _largest_id(mapped),
-        }
-        (draft / "report.json").write_text(json.dumps(manifest, indent=1))
-        try:
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.exists():
-                raise  # else another process was first, and its artefact is as good
+        with writing(folder, "--data.cache_dir"):
+            _write(rows, task, folder, draft, options)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(rows: datasets.Dataset, task: _Task, folder: Path, draft: Path, options: dict[str, Any]) -> None:
+    import datasets
+
+    draft.mkdir(parents=True)
+    mapped = rows.map(task, features=datasets.Features.from_arrow_schema(pa.schema(_COLUMNS)), **options)
+    files = [Path(file["filename"]) for file in mapped.cache_files]  # in order
+    sizes = {file.name: file.stat().st_size for file in files}
+    manifest = {
+        "files": sizes,
+        "report": asdict(_report(rows, mapped, task.columns)),
+        "largest_id": _largest_id(mapped),
+    }
+    (draft / "report.json").write_text(json.dumps(manifest, indent=1))
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        if not folder.exists():
+            raise  # else another process was first, and its artefact is as good
 
 
 def _report(rows: datasets.Dataset, mapped: datasets.Dataset, columns: Columns) -> Report:

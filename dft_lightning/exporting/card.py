@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import yaml
 
+#: Options of data modules that name files or folders.
+_PLACES = ("path", "val_path", "test_path", "cache_dir", "dataset")
 _PACKAGES = ("dft-lightning", "lightning", "torch", "transformers", "peft", "bitsandbytes")
 #: By whether the adapter is merged.
 _QUANTIZED = {
@@ -39,7 +41,7 @@ def card(
         run_dir: holds config.yaml, from which the data are known.
         merged: whether an adapter is part of the weights.
     """
-    weighting, base = said(options["weighting"]), str(options["model_name"])
+    weighting, base = said(options["weighting"]), without_folders(options["model_name"])
     objective = {"Weighting": f"`{weighting}`", "Normalised by": options["normalize"], "Base model": f"`{base}`"}
     if options.get("adapter") is not None:
         before = {"continue": "an adapter that was trained further", "merge": "an adapter, merged before the training"}
@@ -102,8 +104,9 @@ def is_metric(name: str) -> bool:
 def _front(options: Mapping[str, Any], weighting: str, adapter: bool) -> str:
     tags = ["dft-lightning", weighting.partition("(")[0]]
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if not os.path.exists(options["model_name"]):  # a folder of this machine says nothing to others
-        head["base_model"] = options["model_name"]
+    name = options["model_name"]
+    if not os.path.exists(name) and without_folders(name) == name:  # a folder says nothing to others
+        head["base_model"] = name
     return f"---\n{yaml.safe_dump(head | {'tags': tags}, sort_keys=False)}---"
 
 
@@ -114,7 +117,28 @@ def _data(run_dir: Path) -> str:
         given = {key: value for key, value in (config.get("init_args") or {}).items() if value is not None}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return ""
-    return f"```yaml\n{yaml.safe_dump({**config, 'init_args': given}, sort_keys=False)}```"
+    shown = {key: _without_folders_within(value) for key, value in {**config, "init_args": given}.items()}
+    return f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+
+
+def without_folders(name: Any) -> str:
+    """A name as it is, but of an absolute path, which says nothing to others, its last part alone."""
+    text = str(name)
+    for path in (PurePath(os.path.expanduser(text)), PureWindowsPath(text)):
+        if path.is_absolute():
+            return path.name
+    return text
+
+
+def _without_folders_within(value: Any, key: str = "") -> Any:
+    """The same within options of the data: those that name a place, and whatever else is a path of this machine."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders_within(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders_within(inner, key) for inner in value]
+    if isinstance(value, str) and (key in _PLACES or (os.path.isabs(value) and os.path.exists(value))):
+        return without_folders(value)
+    return value
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dft_lightning.adapter_names import of_adapter
-from dft_lightning.errors import UserError
+from dft_lightning.disk import writing
+from dft_lightning.errors import UserError, printable
 from dft_lightning.quiet import quieten
 from dft_lightning.suggestions import did_you_mean
 
@@ -89,7 +90,8 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     model = (stored.merged if given.merge_lora else stored.model)(given.model_name)
     base = model.get_base_model() if has_adapter and not given.merge_lora else model
     add_stops(base.generation_config, stop_ids(tokenizer, given.stop_tokens))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out.parent, "OUT"):
+        out.parent.mkdir(parents=True, exist_ok=True)
     with_base = stored.base_is_merged and not given.merge_lora
     write_model(model, tokenizer, out, _card(stored, given), given.max_shard_size, with_base=with_base)
     kind = "an adapter" if has_adapter and not given.merge_lora else "a model"
@@ -115,7 +117,7 @@ def main(args: Sequence[str]) -> int:
     try:
         done = export(given)
     except (UserError, OSError) as error:
-        print(f"dft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dft: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    print(f"Wrote {done['kind']} ({done['parameters']:,} parameters, step {done['step']:,}) to {given.out}")
+    print(f"Wrote {done['kind']} ({done['parameters']:,} parameters, step {done['step']:,}) to {printable(given.out)}")
     return 0

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dft_lightning.adapter_folders import CONFIG
 from dft_lightning.adapter_names import of_adapter, without_adapter
+from dft_lightning.disk import writing
 from dft_lightning.errors import UserError
+from dft_lightning.own_files import files_of, replace_folder
+from dft_lightning.run_marker import listed, update
 
 SHARD = "5GB"
 """Largest file of weights, as on the hub; one is in memory at a time."""
@@ -40,17 +43,26 @@ BASE = "base"
 
 
 def write_model(
-    model: Any, tokenizer: Any, folder: Path, card: str, shard: str = SHARD, *, with_base: bool = False
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    card: str,
+    shard: str = SHARD,
+    *,
+    with_base: bool = False,
+    run_dir: Path | None = None,
 ) -> None:
     """`save_pretrained` of model and tokenizer into a folder that is either whole or not there.
 
     Args:
         card: the text of README.md, in place of what peft would write.
         with_base: write an adapter's base model, too, within the folder.
+        run_dir: the run whose export it is: files in it that are not of an earlier export stay.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    option = "OUT" if run_dir is None else "--run_dir"
+    with writing(folder, option), _removed_on_error(unfinished):
         if with_base:
             _write_base(model, unfinished / BASE, shard)
         model.save_pretrained(unfinished, max_shard_size=shard, **_embeddings(model))
@@ -59,11 +71,30 @@ def write_model(
         tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(card)
         _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{folder} could not be written ({error}): make room, or choose another place") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+        if run_dir is None:
+            unfinished.rename(folder)
+        else:
+            _take_place(unfinished, folder, run_dir)
+
+
+def _take_place(unfinished: Path, folder: Path, run_dir: Path) -> None:
+    known, written = listed(run_dir), files_of(unfinished)
+    # before the folder is replaced, so that a run that is killed in between knows the files of both
+    both = sorted({*known.get(folder.name, []), *written}) if folder.name in known or not folder.exists() else None
+    if both is not None:
+        update(run_dir, exported=known | {folder.name: both})
+    replace_folder(unfinished, folder, known.get(folder.name))
+    update(run_dir, exported=known | {folder.name: written})
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """What is not complete is removed: it may be what fills the disk."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _embeddings(model: Any) -> dict[str, bool]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
-from dft_lightning.errors import UserError
+from dft_lightning.errors import UserError, printable
 from dft_lightning.insight.choice import chosen, refuse_data
 from dft_lightning.insight.diagnosis import as_json, diagnose
 from dft_lightning.insight.files import writable, write
@@ -43,6 +43,9 @@ class DiagnoseCommand(InsteadOfTraining):
         weightings = chosen(config.weightings, self.model.weighting)
         target = Path(config.output) if config.output else self.run_dir / "diagnosis.html"
         writable(target)
+        _refuse_other(target.with_suffix(".json"))
+        if not config.output:
+            self.claim.take(self.run_dir)
         assert len(subject.rows)  # they are read here
         refuse_data(weightings.values(), self.model.weighting, subject.data)
         console = Console()
@@ -56,7 +59,8 @@ class DiagnoseCommand(InsteadOfTraining):
         write(target.with_suffix(".json"), json.dumps(as_json(found), indent=1))
         write(target, page(found))
         show(found, console)
-        console.print(f"Written to {target} and {target.with_suffix('.json').name}", highlight=False, markup=False)
+        names = f"{target} and {target.with_suffix('.json').name}"
+        console.print(f"Written to {printable(names)}", highlight=False, markup=False)
 
 
 def _refuse(config: Any) -> None:
@@ -66,6 +70,18 @@ def _refuse(config: Any) -> None:
             raise UserError(f"--{name} is {config[name]}; expected {least} or more")
     if config.output and Path(config.output).suffix == ".json":
         raise UserError(f"--output {config.output!r} names the page; the JSON goes beside it: expected a name in .html")
+
+
+def _refuse_other(path: Path) -> None:
+    """The JSON next to the page has a name that the user did not give: another file of that name stays."""
+    if not path.exists():
+        return
+    try:
+        is_ours = {"facts", "verdict", "weightings"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{path} is not a diagnosis, and would be replaced: name another page by --output, or move it")
 
 
 def main(args: Sequence[str] | None = None) -> int:

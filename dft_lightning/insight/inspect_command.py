@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from dft_lightning.cli import InsteadOfTraining, run
 from dft_lightning.data import ChatDataModule
 from dft_lightning.data.packing import Packed
-from dft_lightning.errors import UserError
+from dft_lightning.errors import UserError, printable
 from dft_lightning.insight.ansi import By, render
 from dft_lightning.insight.choice import refuse, refuse_data, weighting_of
 from dft_lightning.insight.files import writable, write
@@ -50,6 +50,8 @@ class InspectCommand(InsteadOfTraining):
             refuse(weighting)
         target = Path(config.output) if config.output else self.run_dir / "inspect.html"
         writable(target)
+        if not config.output:
+            self.claim.take(self.run_dir)
         layout = laid_out(subject, config.rows, config.first)
         if not config.no_model:
             refuse_data([weighting], weighting, subject.data)
@@ -59,9 +61,9 @@ class InspectCommand(InsteadOfTraining):
         facts = _facts(subject, None if config.no_model else label(weighting))
         write(target, view_page(shown, facts, scored=found is not None))
         by: By = config.by or ("mask" if config.no_model else "p")
-        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+        print("\n".join(f"{name}: {printable(value)}" for name, value in facts.items()))
         print(render(shown, by, colour=_colour(config.color)))
-        print(f"Written to {target}")
+        print(f"Written to {printable(target)}")
 
 
 def _facts(subject: Subject, weighting: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dft_lightning.callbacks.run_summary import show
+from dft_lightning.errors import printable
 from dft_lightning.planning.dealt import Dealing
 from dft_lightning.planning.memory import GIB
 from dft_lightning.planning.plan import Plan
@@ -19,10 +20,11 @@ def facts(plan: Plan) -> dict[str, str]:
     place, work, options = plan.place, plan.work, plan.options
     dtype = str(plan.dtype).removeprefix("torch.")
     named = {
-        "model": f"{plan.model}, {plan.trained / 1e6:,.1f} M of {plan.parameters / 1e6:,.1f} M parameters trained",
+        "model": f"{printable(plan.model)}, "
+        f"{plan.trained / 1e6:,.1f} M of {plan.parameters / 1e6:,.1f} M parameters trained",
         "precision": f"{options.precision}, weights in {dtype}" + ", beside adapters in 4 bits" * plan.four_bits,
         "devices": f"{place.devices} × {place.name} with {place.capacity / GIB:,.1f} GiB{_dealt(options.dealing)}",
-        "data": work.source,
+        "data": printable(work.source),
         "largest micro-batch": _shape(plan),
         "step": f"{work.micro_batches} micro-batches a device; {work.tokens:,.0f} tokens over all devices, of which "
         f"{work.supervised:,.0f} supervised",

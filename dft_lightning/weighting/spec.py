@@ -12,6 +12,27 @@ from dft_lightning.weighting.base import TokenWeighting
 from dft_lightning.weighting.plugins import load_plugins
 
 
+def check_instance(weighting: Any) -> None:
+    """Refuse the name or the class of a weighting, where Python wants an object.
+
+    Raises:
+        ValueError: it is no TokenWeighting; says what to pass.
+    """
+    if isinstance(weighting, TokenWeighting):
+        return
+    name = weighting.__name__ if isinstance(weighting, type) else str(weighting).rpartition(".")[2]
+    if isinstance(weighting, type) and issubclass(weighting, TokenWeighting):
+        raise ValueError(f"weighting is the class {name}; expected an object of it, as in {name}()")
+    found = f"weighting is {weighting!r:.200}, a {type(weighting).__name__}; expected an object of a weighting"
+    if isinstance(weighting, str) and name in _published():
+        raise ValueError(f"{found}: `from dft_lightning.weighting import {name}` and pass {name}()")
+    raise ValueError(f"{found}, such as DFT() of dft_lightning.weighting; `dft weightings` lists all")
+
+
+def _published() -> set[str]:
+    return {name for name, value in vars(sys.modules["dft_lightning.weighting"]).items() if isinstance(value, type)}
+
+
 def to_spec(weighting: TokenWeighting) -> dict[str, Any]:
     """`{"class_path": …, "init_args": …}`, nested weightings included."""
     cls = type(weighting)

@@ -120,7 +120,24 @@ def test_nothing_is_exported_where_it_is_off(model_dir, rows_file, tmp_path, mor
 
 
 def test_an_export_replaces_an_earlier_one(model_dir, rows_file, tmp_path):
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "stale.safetensors").write_text("")
     run(model_dir, rows_file, tmp_path, Export(), max_steps=1)
-    assert not (tmp_path / "export" / "stale.safetensors").exists()
+    stale = tmp_path / "export" / "model-00009-of-00009.safetensors"
+    stale.write_text("")
+    (tmp_path / "export" / "notes.md").write_text("by hand")
+    (tmp_path / "export" / "config.json").unlink()
+    run(model_dir, rows_file, tmp_path, Export(), max_steps=1)
+    assert not stale.exists()
+    assert (tmp_path / "export" / "config.json").exists()
+    assert (tmp_path / "export" / "notes.md").read_text() == "by hand"
+    assert not [*tmp_path.glob(".export.*")]
+
+
+def test_an_export_that_somebody_else_made_stays(model_dir, rows_file, tmp_path):
+    """Without a marker, a folder is known by its model card."""
+    (tmp_path / "export").mkdir()
+    for name in ("config.json", "notes.md"):
+        (tmp_path / "export" / name).write_text("by hand")
+    run(model_dir, rows_file, tmp_path, Export(), max_steps=1)
+    assert (tmp_path / "export" / "model.safetensors").exists()
+    assert (tmp_path / "export" / "config.json.kept").read_text() == "by hand"
+    assert (tmp_path / "export" / "notes.md").read_text() == "by hand"

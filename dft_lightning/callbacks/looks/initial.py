@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.callbacks.looks.probe import Probe
+from dft_lightning.disk import writing
 from dft_lightning.logprob.head import LogitTransform, log_distribution
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ def divergence(before: Tensor, now: Tensor) -> Tensor:
 
 def _write(path: Path, logp: Tensor) -> None:
     """Beside, then renamed: what is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        np.save(file, logp.float().cpu().numpy())
-    os.replace(unfinished, path)
+    with writing(path, "--run_dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.save(file, logp.float().cpu().numpy())
+        os.replace(unfinished, path)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
