@@ -16,9 +16,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "dft_lightning"
+INTERPRETER = "TRITON_INTERPRET"
 QUICK = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not exhaustive", "--hypothesis-seed=0"]
-#: Imported once, for all processes that are forked from this one; nothing of ours, and not Triton, which reads the
-#: environment when it is imported.
+#: Imported once, for all processes that are forked from this one; nothing of ours.
 HEAVY = [
     "datasets", "hypothesis", "jsonargparse", "lightning.pytorch.cli", "matplotlib.figure", "pyarrow.parquet", "pytest",
     "torch", "torchmetrics", "transformers",
@@ -37,7 +37,8 @@ class Outcome:
 
 
 def preload() -> None:
-    """Import what is slow to import."""
+    """Import what is slow to import; Triton, which some of it imports, reads its switch at that time."""
+    os.environ[INTERPRETER] = "1"
     for name in HEAVY:
         importlib.import_module(name)
     import torch
@@ -116,8 +117,8 @@ def run_pytest(folder: Path, options: Sequence[str], plugin: Chosen, interpreted
     os.chdir(folder)
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    if interpreted:
-        os.environ["TRITON_INTERPRET"] = "1"
+    if not interpreted:
+        os.environ.pop(INTERPRETER)
     sys.path.insert(0, str(folder))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     import pytest
@@ -138,7 +139,7 @@ class Coverage:
 
     Args:
         tests: files or folders of tests.
-        interpreted: whether Triton's interpreter runs its kernels; only in a process that starts with it.
+        interpreted: whether Triton's interpreter is switched on, which takes the place of a GPU.
     """
 
     def __init__(self, folder: Path, tests: Sequence[str], interpreted: bool) -> None:
