@@ -1,6 +1,7 @@
 """Runs tests on a copy of the tree, in processes that are forked from one that has imported what is slow to import."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -37,8 +38,8 @@ class Outcome:
 
 
 def preload() -> None:
-    """Import what is slow to import; Triton, which some of it imports, reads its switch at that time."""
-    os.environ[INTERPRETER] = "1"
+    """Import what is slow to import; Triton and the hub's client, which some of it imports, read switches then."""
+    os.environ |= {INTERPRETER: "1", "HF_HUB_OFFLINE": "1"}
     for name in HEAVY:
         importlib.import_module(name)
     import torch
@@ -57,6 +58,14 @@ def copy_of_the_tree(parent: Path) -> Path:
     if shared.exists():
         (parent / "shared").symlink_to(shared.resolve())
     return folder
+
+
+def _digest(folder: Path, tests: Sequence[str]) -> str:
+    """Of the tests, and of all Python files."""
+    content = hashlib.sha256(repr(sorted(tests)).encode())
+    for path in sorted(folder.rglob("*.py")):
+        content.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 class Chosen:
@@ -85,12 +94,14 @@ def in_fork(log: Path, limit: float, work: Callable[[], int]) -> Outcome:
     if pid == 0:
         _in_child(log, work)
     status = None
-    while status is None and time.monotonic() - begun < limit:
-        done, found = os.waitpid(pid, os.WNOHANG)
-        status = found if done else None
-        time.sleep(0 if done else 0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+    try:
+        while status is None and time.monotonic() - begun < limit:
+            done, found = os.waitpid(pid, os.WNOHANG)
+            status = found if done else None
+            time.sleep(0 if done else 0.02)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1] if log.exists() else ""
     if status is None:
         os.waitpid(pid, 0)
@@ -103,6 +114,7 @@ def _in_child(log: Path, work: Callable[[], int]) -> None:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -140,17 +152,20 @@ class Coverage:
     Args:
         tests: files or folders of tests.
         interpreted: whether Triton's interpreter is switched on, which takes the place of a GPU.
+        kept: where to keep what is found, for later calls with the same tests and package.
     """
 
-    def __init__(self, folder: Path, tests: Sequence[str], interpreted: bool) -> None:
+    def __init__(self, folder: Path, tests: Sequence[str], interpreted: bool, kept: Path) -> None:
         self.folder, self.interpreted = folder, interpreted
-        self._data = folder.parent / f"lines_{interpreted:d}"
-        self._times = folder.parent / f"times_{interpreted:d}.json"
-        outcome = in_fork(folder / "log", 3600, lambda: self._measure(tests))
-        if outcome.result != "survived":
-            sys.exit(f"the tests fail without a mutant: {' '.join(tests)}: {(folder / 'log').read_text()[-3000:]}")
+        kept = kept / _digest(folder, tests)
+        kept.mkdir(parents=True, exist_ok=True)
+        self._data, self._times = kept / f"lines{interpreted:d}", kept / f"times{interpreted:d}.json"
+        if not self._times.exists():
+            outcome = in_fork(folder / "log", 3600, lambda: self._measure(tests))
+            if outcome.result != "survived":
+                self._times.unlink(missing_ok=True)
+                sys.exit(f"tests fail without a mutant: {' '.join(tests)}: {(folder / 'log').read_text()[-3000:]}")
         self.seconds: dict[str, float] = json.loads(self._times.read_text())
-        self.total = outcome.seconds
 
     def _measure(self, tests: Sequence[str]) -> int:
         os.environ["COVERAGE_FILE"] = str(self._data)
@@ -173,7 +188,8 @@ class Coverage:
 
         What a fixture executes may be noticed by any test of that file.
         """
-        lines = self._found.contexts_by_lineno(str(self.folder / PACKAGE / file))
+        measured = (each for each in self._found.measured_files() if each.endswith(f"/{PACKAGE}/{file}"))
+        lines = self._found.contexts_by_lineno(next(measured, ""))
         contexts = {context for line in range(first, last + 1) for context in lines.get(line, [])}
         mine = [name for name in self.seconds if name.startswith(tuple(mirrored))]
         if "" in contexts:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -61,13 +62,13 @@ def mirrored(file: str) -> list[str]:
 class Judge:
     """Runs the tests of one mutant after the other in a copy of the tree."""
 
-    def __init__(self, parent: Path, files: set[str]) -> None:
+    def __init__(self, parent: Path, files: set[str], kept: Path) -> None:
         self.folder = copy_of_the_tree(parent)
         tests = list(dict.fromkeys(test for file in sorted(files) for test in mirrored(file)))
-        self.coverages = {False: Coverage(self.folder, tests, interpreted=False)} if files else {}
+        self.coverages = {False: Coverage(self.folder, tests, interpreted=False, kept=kept)} if files else {}
         interpreted = sorted({INTERPRETED[file] for file in files if file in INTERPRETED})
         if interpreted:
-            self.coverages[True] = Coverage(self.folder, interpreted, interpreted=True)
+            self.coverages[True] = Coverage(self.folder, interpreted, interpreted=True, kept=kept)
 
     def __call__(self, mutant: Mutant) -> Row:
         """What became of a mutant; the copy is as before afterwards."""
@@ -157,8 +158,9 @@ def _run(mutants: list[Mutant], out: Path, rows: dict[str, Row]) -> None:
     """Judge mutants, and write each result at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
     preload()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as made, out.open("a") as lines:
-        judge = Judge(Path(made), {mutant.file for mutant in mutants})
+        judge = Judge(Path(made), {mutant.file for mutant in mutants}, out.with_suffix(""))
         for number, mutant in enumerate(mutants, 1):
             row = rows[_identity(asdict(mutant))] = judge(mutant)
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
