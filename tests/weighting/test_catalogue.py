@@ -46,6 +46,21 @@ def test_each_says_what_it_is(entry):
         assert all(f"    {name}: " in inspect.getdoc(entry.cls) for name in every), "each field is explained"
 
 
+@pytest.mark.parametrize(
+    ("link", "address"),
+    [
+        ("2508.05629", "https://arxiv.org/abs/2508.05629"),
+        ("0704.0001", "https://arxiv.org/abs/0704.0001"),
+        ("owner/some.repo-1", "https://github.com/owner/some.repo-1"),
+        ("2508.056291", None),
+        ("a book", None),
+        ("owner/repo/file", None),
+    ],
+)
+def test_a_link_is_an_arxiv_number_or_a_repository(link, address):
+    assert url(link) == address
+
+
 def test_each_published_one_has_its_source():
     assert [entry.name for entry in PUBLISHED if entry.source is None] == ["Uniform"]
 
