@@ -298,8 +298,15 @@ def test_a_missing_or_other_reference_is_refused():
     leaves, target, reference, _ = problem()
     with pytest.raises(ValueError, match="ASFT needs the reference's distribution"):
         weighted_nll(*leaves, target, ASFT())
-    with pytest.raises(ValueError, match=r"expected \(37, H\) and \(101, H\)"):
-        weighted_nll(*leaves, target, ASFT(), reference=ReferenceHead(reference.hidden[1:], reference.weight))
+    for hidden, weight in [
+        (reference.hidden[1:], reference.weight),
+        (reference.hidden[:, 1:], reference.weight),
+        (reference.hidden, reference.weight[1:]),
+        (reference.hidden, reference.weight[:, 0]),
+    ]:
+        with pytest.raises(ValueError, match=r"expected \(37, H\) and \(101, H\)"):
+            weighted_nll(*leaves, target, ASFT(), reference=ReferenceHead(hidden, weight))
+    weighted_nll(*leaves, target, Uniform())  # has no use for it
 
 
 @dataclass(frozen=True)
