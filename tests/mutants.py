@@ -32,6 +32,7 @@ STEP = [f"tests/{name}.py" for name in ("test_normalizer", "test_step_weights", 
 STEP += ["tests/test_metrics.py"]
 #: Which files are mutated, and the tests that mirror them.
 MIRROR: dict[str, list[str]] = {
+    "weighting/vocabulary.py": ["tests/weighting/", "tests/logprob/test_targets.py"],
     "weighting/*.py": ["tests/weighting/"],
     "logprob/*.py": ["tests/logprob/", "tests/test_models.py"],
     "normalizer.py": STEP,
@@ -40,9 +41,13 @@ MIRROR: dict[str, list[str]] = {
     "data/steps.py": ["tests/data/test_steps.py", "tests/data/test_datamodule.py"],
     "data/packing.py": ["tests/data/test_packing.py", "tests/data/test_steps.py"],
 }
-#: Files whose functions run in Triton's interpreter, and the tests of that.
-INTERPRETED = {"logprob/kernel.py": "tests/logprob/test_kernel_cases.py"}
-INTERPRETED["logprob/kernel_triton.py"] = INTERPRETED["logprob/kernel.py"]
+#: Files that Triton's interpreter runs in place of a GPU, and the tests of that.
+INTERPRETED = {
+    "logprob/kernel.py": "tests/logprob/test_kernel_cases.py",
+    "logprob/kernel_triton.py": "tests/logprob/test_kernel_cases.py",
+    "logprob/passes.py": "tests/logprob/test_weighted_nll.py",
+    "logprob/rows.py": "tests/logprob/test_weighted_nll.py",
+}
 
 
 def draw(count: int, seed: int, words: list[str]) -> list[Mutant]:
