@@ -28,12 +28,14 @@ from mutant_sources import Mutant, mutants_of
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
 Row: TypeAlias = dict[str, object]
 
-STEP = [f"tests/{name}.py" for name in ("test_normalizer", "test_step_weights", "test_module", "test_nonfinite")]
+STEP = [
+    f"tests/{name}.py"
+    for name in ("test_step", "test_normalizer", "test_step_weights", "test_module", "test_nonfinite")
+]
 STEP += ["tests/test_metrics.py"]
 #: Which files are mutated, and the tests that mirror them.
 MIRROR: dict[str, list[str]] = {
-    "weighting/vocabulary.py": ["tests/weighting/", "tests/logprob/test_targets.py"],
-    "weighting/*.py": ["tests/weighting/"],
+    "weighting/*.py": ["tests/weighting/", "tests/logprob/test_targets.py"],
     "logprob/*.py": ["tests/logprob/", "tests/test_models.py"],
     "normalizer.py": STEP,
     "step.py": STEP,
