@@ -405,3 +405,13 @@ def test_an_entropy_bonus_with_an_impossible_word(strength):
     found = bonus.targets(tokens, logp, None)
     torch.testing.assert_close(found[:, :3], bonus.targets(tokens, logp[:, :3], None))
     assert found[0, 3] == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("chunk_rows", [1, 16, 36])
+def test_the_last_chunk_may_be_smaller(chunk_rows):
+    """Nothing is resized for it, of which PyTorch would warn."""
+    leaves, target, reference, _ = problem()
+    loss, _ = weighted_nll(*leaves, target, ASFT(), reference=reference, chunk_rows=chunk_rows)
+    theirs, _ = dense_weighted_nll(*leaves, target, ASFT(), reference=reference)
+    torch.testing.assert_close(loss, theirs.to(loss.dtype))
