@@ -32,7 +32,7 @@ test-quick: $(READY) ## the tests that need neither the real model nor other pro
 test-all: $(READY) ## every row of the large tables too (all combinations of recipes, all model families)
 	$(PYTEST)
 
-mutants: $(READY) ## 600 small changes of the numerical core: which of them no test notices (within an hour, resumable)
+mutants: $(READY) ## 600 small changes of the numerical core: which of them no test notices (one to two hours, resumable)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS_OPTIONS)
 
 exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
