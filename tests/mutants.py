@@ -150,7 +150,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/mutants.jsonl"), help="results, one line per mutant")
-    parser.add_argument("--again", action="store_true", help="run the survivors of an earlier call again")
+    parser.add_argument("--again", action="store_true", help="run the survivors of an earlier call again, too")
     parser.add_argument("--report", action="store_true", help="only report what was run by earlier calls")
     given = parser.parse_args(args)
     mutants, rows = draw(given.count, given.seed, given.words), known(given.out)
