@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-quick test-all exactness kill-and-resume end-to-end gpu gpu-wheels check format clean
+.PHONY: help setup demo test test-quick test-all mutants exactness kill-and-resume end-to-end gpu gpu-wheels check format clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ test-quick: $(READY) ## the tests that need neither the real model nor other pro
 
 test-all: $(READY) ## every row of the large tables too (all combinations of recipes, all model families)
 	$(PYTEST)
+
+mutants: $(READY) ## 600 small changes of the numerical core: which of them no test notices (one to two hours, resumable)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS_OPTIONS)
 
 exactness: $(READY) ## the table of every weighting × geometry × ranks: one gradient (make test has it in its quick form)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/exactness.py

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dft_lightning.normalizer import token_factor, units
+from dft_lightning.normalizer import at_least_something, scale_gradients, token_factor, units
 
 
 def batch(*counts):
@@ -43,3 +43,15 @@ def test_units_of_a_weightings_own_divisor(normalize, divisor):
     counted = [2.0, 0.0, 0.5] if divisor == "weights" else [1, 0, 1]
     found = units(normalize, batch(1, 2), divisor, weight)
     assert float(found) == pytest.approx(sum(a * b for a, b in zip(n, counted, strict=True)), rel=1e-12)
+
+
+def test_a_step_without_anything_counted_has_no_gradient():
+    assert (1.0 / at_least_something(torch.tensor([0.0, -1.0, 0.5]))).tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_scaled_in_place_and_there_may_be_none(dtype):
+    gradients = [torch.tensor([1.0, 2.0], dtype=dtype), torch.tensor([[4.0]], dtype=dtype)]
+    scale_gradients(gradients, torch.tensor(0.5, dtype=torch.float64))
+    assert [gradient.tolist() for gradient in gradients] == [[0.5, 1.0], [[2.0]]]
+    scale_gradients([], torch.tensor(0.5))

@@ -104,3 +104,32 @@ def test_moving_keeps_everything():
     assert vars(moved).keys() == vars(batch).keys()
     assert moved.tokens == 2
     assert moved.ref_logp.dtype == torch.float32
+
+
+def test_without_more_rows_are_padded_with_0_and_say_nothing_of_documents():
+    batch = Collator()([[A], [B]])
+    assert batch.input_ids.tolist() == [[5, 6, 7], [2, 8, 0]]
+    assert (batch.longest, batch.cu_seqlens, batch.position_ids) == (0, None, None)
+    assert batch.filled == [3, 2]
+
+
+@pytest.mark.parametrize("rows", [[], [[C]], [[A, B]], [[A, B], [C]], [[C], [A], [B]]], ids=len)
+@pytest.mark.parametrize("width", [5, 6, 9])
+def test_batches_of_one_shape(rows, width):
+    """Whatever is in them, the tensors that the model reads have one shape; documents that there are not are empty."""
+    batch = Collator(pad_id=9, packed=True, width=width, fixed=(3, 7))(rows)
+    assert batch.input_ids.shape == batch.position_ids.shape == (3, width)
+    assert (len(batch.cu_seqlens), batch.longest) == (8, width)
+    lengths = [[len(sequence["input_ids"]) for sequence in row] for row in rows]
+    assert batch.filled == [sum(row) for row in lengths] + [0] * (3 - len(rows))
+    ends = [0]
+    for row in lengths + [[]] * (3 - len(rows)):
+        for size in (*row, width - sum(row)):
+            ends += [ends[-1] + size] * (size > 0)
+    assert batch.cu_seqlens.tolist() == ends + [3 * width] * (8 - len(ends))
+    assert (batch.input_ids != 9).sum() == sum(map(sum, lengths))
+
+
+def test_a_batch_of_no_rows_is_as_wide_as_the_others_only_where_all_have_one_shape():
+    assert Collator(width=6)([]).input_ids.shape == (1, 1)
+    assert Collator(packed=True, width=6, fixed=(2, 3))([]).input_ids.shape == (2, 6)

@@ -125,3 +125,51 @@ def test_the_height_of_batches_of_one_shape_is_that_of_the_fullest(micro, ranks)
     ]
     assert {one.height for one in given} == {max(rows)}
     assert max(rows) <= micro
+
+
+def test_the_share_of_used_positions_of_batches_of_one_shape():
+    """Every micro-batch of every rank has as many rows as the fullest, empty ones too."""
+    for ranks, micro in ((1, 3), (2, 2), (3, 1)):
+        sampler = StepSampler(LENGTHS, Geometry(8, micro, ranks), seed=3, layout=Packed(500), epochs=2)
+        positions = sampler.steps * sampler.micro_batches * ranks * sampler.height * 500
+        for epoch in range(2):
+            assert sampler.share_used(epoch, fixed=True) == pytest.approx(LENGTHS.sum() / positions)
+
+
+def test_without_more_a_sampler_is_of_the_first_epoch_and_of_one():
+    seed = next(
+        seed
+        for seed in range(100)
+        if StepSampler(LENGTHS, Geometry(8, 2), seed, Packed(500)).micro_batches
+        < StepSampler(LENGTHS, Geometry(8, 2), seed, Packed(500), epochs=2).micro_batches
+    )
+    sampler = StepSampler(LENGTHS, Geometry(8, 2), seed, Packed(500))
+    assert (sampler.epoch, sampler.epochs, sampler.start, sampler.drop_last) == (0, 1, 0, False)
+    assert len(list(sampler)) == sampler.steps * sampler.micro_batches
+    assert list(sampler) == [part for number in range(sampler.steps) for part in sampler.step(0, number)]
+    free = [
+        StepSampler(LENGTHS, Geometry(8, 2), seed, Padded("plain")).share_used(*epoch) for epoch in ((), (0,), (1,))
+    ]
+    assert free[0] == free[1] != free[2]
+
+
+def test_the_permutation_of_an_epoch_is_drawn_once():
+    sampler = StepSampler(LENGTHS, Geometry(8, 2), seed=3)
+    assert sampler.order(4) is sampler.order(4)
+    assert sampler.order(5).tolist() != sampler.order(4).tolist()
+
+
+def test_what_a_sampler_has_without_any_sequence():
+    for layout in (Padded(), Packed(500)):
+        sampler = StepSampler(np.zeros(0, np.int64), Geometry(8, 2), seed=3, layout=layout)
+        assert (sampler.steps, sampler.micro_batches, sampler.height, sampler.fullest) == (0, 1, 1, 1)
+        assert list(sampler) == []
+        assert sampler.share_used() == sampler.share_used(fixed=True) == 0.0
+        assert sampler.sequences_of_steps(3).tolist() == []
+
+
+def test_the_fullest_row():
+    sampler = StepSampler(LENGTHS, Geometry(8, 2), seed=3, layout=Packed(800))
+    rows = [row for number in range(sampler.steps) for row in sampler.rows(0, number)]
+    assert sampler.fullest == max(map(len, rows)) > 1
+    assert StepSampler(LENGTHS, Geometry(8, 2), seed=3).fullest == 1

@@ -162,6 +162,30 @@ def test_a_likely_token_keeps_its_small_gradient(device, calls):
     within(grad[:, 0], expected, 4 * UNIT * expected.abs())
 
 
+def test_the_functions_of_the_kernel_are_exact_to_a_few_units(device):
+    """Each is a series near 0 and exponentials elsewhere, which cancel least where the two meet: a grid over both.
+
+    Of a series few roundings are left, 4 units. exp is off by 2 and as many units as its argument is large, and what is
+    taken from it, or divided, by as much of that as it contributes.
+    """
+    from kernel_functions import apply
+
+    steps = torch.linspace(-1.0, 1.0, 4096, dtype=torch.float64)
+    for scale in (0.01, 0.3, 0.6, 4.0):
+        x = (scale * steps).float().to(device)
+        wide = x.double()
+        tanh, slope, expm1 = (torch.empty_like(x) for _ in range(3))
+        apply[(1,)](x, -x.abs(), tanh, slope, expm1, count=len(x))
+        decay, off = (-2.0 * wide.abs()).exp(), 2.0 + 2.0 * wide.abs()
+        far = off * decay * (1.0 / (1.0 - decay) + 1.0 / (1.0 + decay))
+        bound = 4.0 + torch.where(wide.abs() < 0.25, 0.0, far)
+        within(tanh, wide.tanh(), bound * UNIT * wide.tanh().abs())
+        within(slope, wide.cosh() ** -2.0, (8.0 + off) * UNIT * wide.cosh() ** -2.0)
+        truth = torch.expm1(-wide.abs())
+        exp = torch.where(wide.abs() < 0.5, 0.0, (2.0 + wide.abs()) * (1.0 + truth))
+        within(expm1, truth, (exp + 4.0 * truth.abs()) * UNIT)
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("common", [3000.0, -3000.0])
 def test_a_common_shift_of_all_logits_costs_nothing(device, calls, common):

@@ -298,8 +298,15 @@ def test_a_missing_or_other_reference_is_refused():
     leaves, target, reference, _ = problem()
     with pytest.raises(ValueError, match="ASFT needs the reference's distribution"):
         weighted_nll(*leaves, target, ASFT())
-    with pytest.raises(ValueError, match=r"expected \(37, H\) and \(101, H\)"):
-        weighted_nll(*leaves, target, ASFT(), reference=ReferenceHead(reference.hidden[1:], reference.weight))
+    for hidden, weight in [
+        (reference.hidden[1:], reference.weight),
+        (reference.hidden[:, 1:], reference.weight),
+        (reference.hidden, reference.weight[1:]),
+        (reference.hidden, reference.weight[:, 0]),
+    ]:
+        with pytest.raises(ValueError, match=r"expected \(37, H\) and \(101, H\)"):
+            weighted_nll(*leaves, target, ASFT(), reference=ReferenceHead(hidden, weight))
+    weighted_nll(*leaves, target, Uniform())  # has no use for it
 
 
 @dataclass(frozen=True)
@@ -373,3 +380,38 @@ def test_an_entropy_bonus_adds_to_the_gradient_that_is_there(inner, strength):
     (0.7 * strength * (factor[:, None] * logp.exp() * logp).sum()).backward()
     for before, after, leaf in zip(without, with_bonus, leaves, strict=True):
         assert relative(after - before, leaf.grad) < 1e-10
+
+
+@pytest.mark.parametrize("weighting", [ASFT(0.4), ASFT(0.4, "reverse"), GEM(), LabelSmoothing(0.2)], ids=repr)
+def test_a_word_that_is_impossible_gets_what_the_others_leave_it(weighting):
+    """log p = −∞ for the model and its reference: 0·log 0 is 0, and the other words' targets are as without it."""
+    logp = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.8, 0.0]], dtype=torch.float64).log()
+    ref_logp = torch.tensor([[0.2, 0.6, 0.2, 0.0], [0.3, 0.3, 0.4, 0.0]], dtype=torch.float64).log()
+    target = torch.tensor([1, 2])
+    tokens = TokenStats(logp=logp.gather(1, target[:, None])[:, 0], target=target, sequence=target)
+    found = weighting.targets(tokens, logp, ref_logp)
+    if isinstance(weighting, LabelSmoothing):
+        assert torch.equal(found, torch.full_like(found, 0.2 / 4))
+        return
+    torch.testing.assert_close(found[:, :3], weighting.targets(tokens, logp[:, :3], ref_logp[:, :3]))
+    assert found[:, 3].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("strength", [-0.3, 0.3])
+def test_an_entropy_bonus_with_an_impossible_word(strength):
+    logp = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).log()
+    tokens = TokenStats(logp=logp[:, 1], target=torch.tensor([1]), sequence=torch.tensor([0]))
+    bonus = EntropyBonus(Uniform(), strength)
+    found = bonus.targets(tokens, logp, None)
+    torch.testing.assert_close(found[:, :3], bonus.targets(tokens, logp[:, :3], None))
+    assert found[0, 3] == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("chunk_rows", [1, 16, 36])
+def test_the_last_chunk_may_be_smaller(chunk_rows):
+    """Nothing is resized for it, of which PyTorch would warn."""
+    leaves, target, reference, _ = problem()
+    loss, _ = weighted_nll(*leaves, target, ASFT(), reference=reference, chunk_rows=chunk_rows)
+    theirs, _ = dense_weighted_nll(*leaves, target, ASFT(), reference=reference)
+    torch.testing.assert_close(loss, theirs.to(loss.dtype))

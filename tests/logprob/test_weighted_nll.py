@@ -361,6 +361,15 @@ class WrongShape(TokenWeighting):
         (Uniform(), {"ref_logp": torch.zeros(3)}, "one value a target"),
         (Uniform(), {"mystery": torch.zeros(37)}, "unknown keyword"),
         (Uniform(), {"hidden": torch.zeros(3, 4)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"hidden": torch.zeros(37, 18)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"hidden": torch.zeros(36, 19)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"hidden": torch.zeros(37, 19, 1)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"hidden": torch.zeros(37)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"head": torch.zeros(19)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"head": torch.zeros(101, 19, 1)}, r"expected \(N, H\), \(V, H\) and \(N,\)"),
+        (Uniform(), {"targets": -1}, r"targets are -1 to"),
+        (Uniform(), {"weight": torch.ones(37, 1)}, r"weight is \(37, 1\); expected \(37,\)"),
+        (Uniform(), {"data_weight": torch.zeros(37, 1)}, "one value a target"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, TokenWeighting) else str(value)[:20],
 )
@@ -368,7 +377,7 @@ def test_what_would_be_wrong_is_refused(weighting, change, message):
     hidden, head, _, targets, _ = problem()
     if "targets" in change:
         targets[3] = change.pop("targets")
-    hidden = change.pop("hidden", hidden)
+    hidden, head = change.pop("hidden", hidden), change.pop("head", head)
     with pytest.raises(ValueError, match=message):
         weighted_nll(hidden, head, targets, weighting, **change)
 
@@ -517,3 +526,77 @@ def test_small_weights_survive_float16():
         (2.0**14 * loss).backward()
     for ours, theirs in zip(half, exact, strict=True):
         assert relative(ours.grad, theirs.grad) < 4 * 2**-11
+
+
+@pytest.mark.parametrize("target", [0, 100])
+def test_the_first_and_the_last_token_of_the_vocabulary_are_targets(target):
+    hidden, head, _, targets, _ = problem()
+    targets.fill_(target)
+    _, tokens = weighted_nll(hidden, head, targets, Uniform())
+    torch.testing.assert_close(tokens.logp, (hidden @ head.T).log_softmax(1)[:, target].detach())
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=repr)
+def test_the_loss_without_gradients_is_that_with_them(weighting, together):
+    """In validation, too, sequences longer than a chunk, and those that do not lie together."""
+    hidden, head, _bias, targets, brought = problem(dtype=torch.float64)
+    if not together:
+        brought["sequence"] = torch.arange(37) % 5
+    with torch.no_grad():
+        ours, tokens = weighted_nll(hidden, head, targets, weighting, chunk_rows=4, **brought)
+        theirs, truth = dense_weighted_nll(hidden, head, targets, weighting, **brought)
+    torch.testing.assert_close(ours, theirs)
+    for name in ("logp", "weight"):
+        torch.testing.assert_close(getattr(tokens, name), getattr(truth, name))
+
+
+@dataclass(frozen=True)
+class Scheduled(TokenWeighting):
+    """Grows over the training, and from token to token of a response."""
+
+    scope = "sequence"
+
+    def weights(self, tokens: TokenStats) -> Tensor:
+        return tokens.sequence_sum(torch.ones_like(tokens.p)) * (1.0 + tokens.progress)
+
+
+@pytest.mark.parametrize("function", [weighted_nll, dense_weighted_nll])
+def test_what_is_not_given(function):
+    """The training begins, all tokens are of one sequence, count once, and logits are the products."""
+    hidden, head, _, targets, _ = problem(dtype=torch.float64)
+    loss, tokens = function(hidden, head, targets, Scheduled())
+    assert tokens.weight.tolist() == [37.0] * 37
+    assert tokens.sequence.tolist() == [0] * 37
+    assert tokens.progress == 0.0
+    logp = (hidden @ head.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(loss, -37.0 * logp.sum())
+    for name, value in tokens.tensors().items():
+        assert not value.requires_grad, name
+    assert function(hidden, head, targets, Scheduled(), progress=0.5)[1].weight[0] == 55.5
+
+
+def test_statistics_are_found_only_where_they_are_asked_for():
+    hidden, head, _, targets, _ = problem()
+    weight = torch.ones(37)
+    assert weighted_nll(hidden, head, targets, EntropyOverRank(), weight=weight)[1].entropy is None
+    found = weighted_nll(hidden, head, targets, EntropyOverRank(), weight=weight, wanted=("rank",))[1]
+    assert (found.entropy, found.rank is None) == (None, False)
+    assert weighted_nll(hidden, head, targets, EntropyOverRank())[1].entropy is not None
+
+
+def test_a_chunk_of_targets_has_room_for_what_lies_beside(monkeypatch):
+    """A gradient of its own, and the reference's logits: twice and three times the bytes of a row."""
+    from dft_lightning.logprob import ReferenceHead
+    from dft_lightning.weighting import ASFT, LabelSmoothing
+
+    sizes = []
+    monkeypatch.setattr(
+        "dft_lightning.logprob.chunked.default_rows",
+        lambda *_, size, kept=False: sizes.append((size, kept)) or 1000,
+    )
+    hidden, head, _, targets, _ = problem()
+    weighted_nll(hidden, head, targets, DFT())
+    weighted_nll(hidden, head, targets, LabelSmoothing(0.1))
+    weighted_nll(hidden, head, targets, ASFT(), reference=ReferenceHead(hidden.detach(), head.detach()))
+    assert sizes == [(4, False), (4, True), (8, False), (8, True), (12, False), (12, True)]

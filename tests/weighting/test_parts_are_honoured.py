@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dft_lightning.weighting import DFT, GEM, Mixed, Renormalized, Thresholded, TokenTarget, TokenWeighting, Uniform
+from dft_lightning.weighting.composition import held, nested
 from dft_lightning.weighting.proof import prove
 
 
@@ -70,3 +71,24 @@ def test_refused(weighting, said):
 def test_a_wrapper_of_plain_weights_is_taken():
     prove(Twice(DFT()))
     prove(Mixed(Twice(Uniform())))
+
+
+@dataclass(frozen=True)
+class Several(TokenWeighting):
+    """Parts in a tuple, and other fields."""
+
+    parts: tuple[TokenWeighting, ...]
+    share: float = 0.5
+
+    def weights(self, tokens):
+        return tokens.p
+
+
+def test_all_that_a_weighting_is_made_of():
+    inner = Twice(Uniform())
+    whole = Several((Mixed(DFT(0.1), inner), GEM()))
+    assert held(whole) == [Mixed(DFT(0.1), inner), GEM()]
+    assert list(nested(whole)) == [whole, Mixed(DFT(0.1), inner), DFT(0.1), inner, Uniform(), GEM()]
+    assert (held(DFT()), list(nested(DFT()))) == ([], [DFT()])
+    bare = type("Bare", (TokenWeighting,), {"weights": lambda self, tokens: tokens.p})()
+    assert (held(bare), list(nested(bare))) == ([], [bare])

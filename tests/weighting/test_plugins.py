@@ -12,6 +12,7 @@ from conftest import sums, write_jsonl
 
 from dft_lightning.weighting import DFT, plugins
 from dft_lightning.weighting.plugins import GROUP, load_plugins, weightings
+from dft_lightning.weighting.spec import from_spec
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
 REPOSITORY = Path(__file__).parents[2]
@@ -82,6 +83,15 @@ def test_they_are_loaded_once(entries, caplog):
     entries(Broken="broken:Broken")
     assert load_plugins() == load_plugins() == {}
     assert len(caplog.records) == 1
+
+
+def test_a_checkpoint_names_one_that_is_not_imported_yet(entries):
+    """Then, and only then, are the installed ones loaded."""
+    entries(Fine="somebodys:Fine")
+    assert from_spec({"class_path": "dft_lightning.weighting.likelihood.DFT"}) == DFT()
+    assert "somebodys" not in sys.modules
+    made = from_spec({"class_path": "somebodys.Fine", "init_args": {"floor": 0.2}})
+    assert (type(made).__name__, made.floor) == ("Fine", 0.2)
 
 
 def test_what_cannot_be_made_is_no_weighting_to_choose():

@@ -1,12 +1,12 @@
 """A weighting survives the way through plain data, as in a checkpoint."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenWeighting, Uniform
-from dft_lightning.weighting.spec import from_spec, to_spec
+from dft_lightning.weighting import DFT, ImportanceWeighted, Mixed, Thresholded, TokenWeighting, Uniform
+from dft_lightning.weighting.spec import from_spec, label, to_spec
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,46 @@ def test_what_is_not_plain_is_refused():
         to_spec(Bare())
     with pytest.raises(ValueError, match="expected numbers"):
         to_spec(Wrapped(object()))
+
+
+@dataclass(frozen=True)
+class Fields(TokenWeighting):
+    """One of each kind."""
+
+    needed: object
+    number: float = 1.0
+    made: tuple[int, ...] = field(default_factory=tuple)
+    found: int = field(default=3, init=False)
+
+    def weights(self, tokens):
+        return tokens.p
+
+
+@pytest.mark.parametrize("value", [None, True, False, 0, 3, 0.5, "text", (1, "a", None), (), DFT(0.1), (DFT(), 2.0)])
+def test_a_field_of_any_plain_kind_survives(value):
+    made = from_spec(to_spec(Fields(value)))
+    assert made == Fields(value)
+    assert type(made.needed) is type(value)
+
+
+class Bare(TokenWeighting):
+    def weights(self, tokens):
+        return tokens.p
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [
+        (DFT(), "DFT"),
+        (DFT(0.1), "DFT(floor=0.1)"),
+        (Thresholded(0.3), "Thresholded(threshold=0.3)"),
+        (Thresholded(0.3, on="logp"), "Thresholded(threshold=0.3, on='logp')"),
+        (Mixed(DFT(0.1), share=0.5), "Mixed(of=DFT(floor=0.1), other=Uniform, share=0.5)"),
+        (Fields(1), "Fields(needed=1)"),
+        (Fields(None, made=(2,)), "Fields(needed=None, made=(2,))"),
+        (Bare(), "Bare"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_label_has_what_is_not_at_its_default(weighting, expected):
+    assert label(weighting) == expected

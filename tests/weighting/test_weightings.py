@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from dft_lightning.weighting import DFT, ImportanceWeighted, TokenStats, TokenWeighting, Uniform
+from dft_lightning.weighting import (
+    DFT,
+    ImportanceWeighted,
+    MixCE,
+    Power,
+    ProFit,
+    Thresholded,
+    TokenStats,
+    TokenWeighting,
+    Uniform,
+)
 from dft_lightning.weighting.base import checked_weights
 
 
@@ -104,3 +114,32 @@ def test_weights_come_detached_and_in_full_precision():
             return tokens.p.half()
 
     assert checked_weights(Half(), stats([0.5])).dtype == torch.float64
+
+
+CLIMBS_P, DESCENDS_NLL = ("val/p_mean", "max"), ("val/nll", "min")
+
+
+@pytest.mark.parametrize(
+    ("weighting", "monitor"),
+    [
+        (MixCE(0.0), CLIMBS_P),
+        (MixCE(0.49), CLIMBS_P),
+        (MixCE(0.5), DESCENDS_NLL),
+        (MixCE(0.75), DESCENDS_NLL),
+        (Power(0.0), DESCENDS_NLL),
+        (Power(0.49), DESCENDS_NLL),
+        (Power(0.5), CLIMBS_P),
+        (Power(0.75), CLIMBS_P),
+        (Power(10.0), CLIMBS_P),
+        *[(ProFit(keep=keep), CLIMBS_P) for keep in ("higher", "middle")],
+        (ProFit(keep="lower"), DESCENDS_NLL),
+        (Thresholded(0.5), CLIMBS_P),
+        (Thresholded(0.5, keep="bottom"), CLIMBS_P),
+        (Thresholded(0.5, "logp"), CLIMBS_P),
+        (Thresholded(0.5, "logp", "bottom"), DESCENDS_NLL),
+    ],
+    ids=repr,
+)
+def test_the_monitor_is_what_most_of_the_weight_is_on(weighting, monitor):
+    """p where likely tokens count most, else the likelihood of all."""
+    assert weighting.monitor == monitor
