@@ -74,6 +74,20 @@ def _check_ids(module: "WeightedModule", base: Any, rows: Mapping[str, "Tokenize
             f"embedding has {size:,} rows. No row of the data has such an id, but a prompt may: set "
             "--model.resize_embeddings true to give all of them a row"
         )
+    if module.resize_embeddings is not False:
+        _warn_of_special(tokenizer, max(found.largest_id for found in rows.values()))
+
+
+def _warn_of_special(tokenizer: Any, used: int) -> None:
+    """Warn where the last added token is special and above all ids in use: messages cannot contain such tokens."""
+    last = largest_id(tokenizer)
+    token = tokenizer.added_tokens_decoder.get(last)
+    if last > used and token is not None and token.special:
+        rank_zero_warn(
+            f"model.resize_embeddings: no row of the data has the token id {last:,} ({_shown(tokenizer, last)}). It is "
+            "a special token, and special tokens that are written in a message are read as text. If messages contain "
+            "it, add it with special_tokens=False: tokenizer.add_tokens([...])"
+        )
 
 
 def _refuse_id(module: "WeightedModule", size: int, token: int, where: str) -> NoReturn:

@@ -219,3 +219,19 @@ class TestTheStore:
 
 def _all(data):
     return [data.train_rows[index] for index in range(len(data.train_rows))]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_special_token_in_messages_is_warned_of(tmp_path, recwarn, special):
+    """It is read as text there, so that its new row would not be trained; a plain added token is not."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<x{i}>" for i in range(40)])
+    tokenizer.add_tokens(["<note>"], special_tokens=special)
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [row | {"messages": [row["messages"][0], {"role": "assistant", "content": "<note>a"}]} for row in sums(8)]
+    rows_file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    fit(tmp_path / "model", rows_file, module={"resize_embeddings": True})
+    said = [str(each.message) for each in recwarn if "special_tokens=False" in str(each.message)]
+    assert len(said) == special
+    assert all("<note>" in each for each in said)
