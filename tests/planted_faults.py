@@ -134,7 +134,7 @@ FAULTS = [
     fault(10, "statistics in the run's precision", "metrics.py", "tokens.p.sum(dtype=torch.float64)", "tokens.p.bfloat16().sum()",
           "tests/test_metrics.py::test_sums_are_those_of_float64"),
     fault(12, "an adapted head is read without its adapter", "models.py", 'if hasattr(head, "base_layer"):', "if head is None:",
-          f"{MODELS}TestLoRA::test_an_adapted_head_is_refused"),
+          f"{MODELS}TestLoRA::test_an_adapted_head_is_refused", ("if type(head) is not nn.Linear:", "if head is None:")),
     fault(13, "no soft-cap", "logits.py", '"final_logit_softcapping"', '"nothing"', OWN_LOGITS),
     fault(13, "no soft-cap in the gradient", "logprob/head.py", "grad *= 1.0 - (logits / self.softcap).square()", "pass", OWN_LOGITS),
     fault(13, "no logit scale", "logits.py", '"logit_scale"', '"nothing"', OWN_LOGITS),
