@@ -462,7 +462,7 @@ class TestWhatCannotBe:
         """A file stands for it: whoever may write anywhere, as here, may not write into that."""
         Path("file").write_text("mine")
         call = lambda: dft("fit", "--model.weighting", "DFT", "--run_dir", "file/run")  # noqa: E731
-        fails(call, capsys, "--run_dir file/run cannot be written", "choose another")
+        fails(call, capsys, "--run_dir file/run cannot be used", "choose another")
         assert Path("file").read_text() == "mine"
 
 
