@@ -788,11 +788,15 @@ def verdict(planted: Fault, folder: Path) -> str:
 
 def main(words: list[str]) -> int:
     chosen = [planted for planted in FAULTS if all(word in str(planted) for word in words)]
+    if not chosen:
+        print(f"no fault has all of these words: {' '.join(words)}")
+        return 1
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for name in ("dft_lightning", "tests", "configs", "benchmarks"):
+        for name in ("dft_lightning", "tests", "configs", "benchmarks", "docs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(REPOSITORY / "pyproject.toml", folder)
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(REPOSITORY / name, folder)
         status, output = pytest(folder, sorted({planted.tests for planted in chosen}))
         if status:
             print(f"the tests fail without any fault:\n{output[-3000:]}")
