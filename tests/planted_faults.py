@@ -408,7 +408,7 @@ FAULTS = [
     fault(21, "what is written meanwhile is trained on", "checkpointing/io.py", "_write_file, copied(checkpoint), final", "_write_file, checkpoint, final",
           f"{WRITTEN}TestWriting::test_what_is_written_meanwhile_is_the_state_it_had"),
     fault(21, "an error meanwhile is let pass", "checkpointing/io.py", "            future.result()\n", "            pass\n", f"{WRITTEN}TestWriting::test_an_error_meanwhile_is_raised_where_the_next_begins"),
-    fault(21, "a part that is cut off passes for whole", "checkpointing/folder.py", "if there < size:", "if there < 0:", f"{WRITTEN}TestReading::test_a_damaged_folder_is_not_read"),
+    fault(21, "a part that is cut off passes for whole", "checkpointing/folder.py", "if there < size:", "if there < 0:", f"{WRITTEN}TestReading::test_a_part_that_is_cut_off_is_found_without_checksums_too"),
     fault(21, "the one before goes before the new one is found whole", "checkpointing/io.py", "    skeleton(new, verify=False)\n", "",
           f"{WRITTEN}TestWriting::test_the_one_before_stays_until_the_folder_is_found_whole"),
     fault(0, "an index runs code", "checkpointing/folder.py", "_Unpickler(file)", "pickle.Unpickler(file)", f"{WRITTEN}TestReading::test_an_index_that_would_run_code_is_refused"),

@@ -241,6 +241,18 @@ class TestReading:
         with pytest.raises(UserError, match="give another ckpt_path, or start anew with --overwrite true"):
             newest_whole(path)
 
+    def test_a_part_that_is_cut_off_is_found_without_checksums_too(self, path):
+        """As folders of earlier versions have none: by the lengths that the index names."""
+        for part in path.iterdir():
+            written = part.read_bytes()
+            part.write_bytes(written[: written.rindex(b"\ndft-lightning crc32")])
+        assert skeleton(path)
+        part = path / "__0_0.distcp"
+        written = part.read_bytes()
+        part.write_bytes(written[: written.index(b"PK\5\6") + 22])  # the first of its tensors, a valid file of its own
+        with pytest.raises(UserError, match=r"cannot read checkpoint .*last\.ckpt"):
+            skeleton(path)
+
     def test_the_one_before_is_taken_where_the_last_is_damaged_and_this_is_said(self, path):
         path.rename(place.before(path))
         path.write_bytes(b"half")
