@@ -159,7 +159,7 @@ def test_what_cannot_be_used_is_said(capsys, model_dir, rows_file, args, said):
         ),
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.num_samples", "3", "--data.drop_last", "true"], "do not fill one step of data.global_batch_size"),
-        (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp, which is not supported here; expected fsdp2 to shard"),
+        (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp, which is not supported here; expected fsdp2"),
         (
             ["--trainer.strategy", "fsdp2", "--model.lora.rank", "4", "--model.lora.dora", "true"],
             "model.lora.dora is true, but the model is sharded",
