@@ -387,7 +387,7 @@ FAULTS = [
     fault(21, "a restarted rank takes an invitation to another", "rendezvous.py", 'if invitation["words"][rank] != word:', "if False:", RENDEZVOUS),
     fault(21, "restarted ranks are not invited again", "rendezvous.py", "if here != invited:", "if not invited:", RENDEZVOUS),
     fault(21, "restarted ranks share what earlier ones wrote", "cli.py", "    meet_anew()\n", "", RENDEZVOUS),
-    fault(0, "an export is for its owner alone", "exporting/folder.py", '    _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")\n', "",
+    fault(0, "an export is for its owner alone", "exporting/folder.py", '        _all_may_read_what_the_umask_allows(unfinished, like=unfinished / "README.md")\n', "",
           f"{EXPORTED}TestFolder::test_may_be_read_by_whom_the_umask_allows"),
     fault(21, "Lightning handles signals, too", "callbacks/preemption.py", "        _without_lightnings(trainer)\n", "",
           f"{PREEMPTION}test_lightnings_own_handling_is_off_and_the_handlers_come_back"),
