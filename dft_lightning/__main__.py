@@ -61,7 +61,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return int(import_module(own).main(given[1:]))
     if given[0] == "fit":
         return _fit(given)
-    return int(import_module("dft_lightning.cli").main(given))
+    try:
+        return int(import_module("dft_lightning.cli").main(given))
+    except KeyboardInterrupt:
+        print("dft: interrupted", file=sys.stderr)
+        return 130
 
 
 def _fit(given: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.callbacks import (
     Checkpoints,
@@ -30,6 +31,8 @@ from dft_lightning.callbacks import (
     TokenProbabilities,
     TokenScores,
 )
+from dft_lightning.callbacks.checkpoints import checkpoint_folder
+from dft_lightning.callbacks.finished import Finished, finished
 from dft_lightning.callbacks.lightnings import fit_callbacks, has_progress_bar, options_for, write_enums
 from dft_lightning.checkpointing import skeleton
 from dft_lightning.checkpointing.lock import RunLock
@@ -53,10 +56,12 @@ from dft_lightning.run_folder import find_checkpoint, read_checkpoint, refuse_ow
 from dft_lightning.run_marker import Claim, check
 from dft_lightning.seeds import data_seed, drawn, resumed
 from dft_lightning.sharding import FSDP2Strategy
-from dft_lightning.signals import AGAIN, NOTICE, Preempted
+from dft_lightning.signals import NOTICE, Preempted, exit_code
 from dft_lightning.trainer_names import refuse_names
 from dft_lightning.weighting.plugins import load_plugins
 
+#: Options of the trainer that decide when a fit ends, callbacks apart.
+LIMITS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches", "overfit_batches")
 #: Where we differ from Lightning, whose default is 1,000 epochs.
 _TRAINER = {
     "max_epochs": 1,
@@ -143,6 +148,7 @@ class CommandLine(LightningCLI):
         if config.ckpt_path is not None:
             self._stored, self._step = read_checkpoint(config.ckpt_path, self.subcommand)
             self._seeds_of_checkpoint(config)
+        self._resumes_own = fit and config.ckpt_path == str(checkpoint_folder(self.run_dir) / "last.ckpt")
         if self.subcommand == "predict":
             config.return_predictions = False  # scores go to disk batch by batch, and are not kept in memory
 
@@ -171,6 +177,10 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":  # another weighting may look at the model, but its tensors have to fit
             now = {"lora": now["lora"]}
         refuse(identity_by_options(self._stored), now, self.model.allow_changes)
+        if self._resumes_own and not self.model.allow_changes and not getattr(self.trainer, "fast_dev_run", False):
+            done = finished(self.run_dir, self._step, self._limits)
+            if done is not None:
+                raise NothingToDo(done)
 
     @property
     def _precision(self) -> str:
@@ -195,7 +205,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
         given = self._get(self.config_init, "trainer")
-        fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption()]
+        fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption(), Finished(self._limits)]
         own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
         if given["logger"] in (None, True):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
@@ -210,6 +220,14 @@ class CommandLine(LightningCLI):
         callbacks.sort(key=lambda callback: isinstance(callback, Progress) - isinstance(callback, SaveConfig))
         return trainer
 
+    @property
+    def _limits(self) -> dict[str, Any]:
+        """The options that decide when a fit ends, as plain data."""
+        given = self.config[self.subcommand].trainer
+        found = {name: str(given.get(name)) for name in LIMITS}
+        plain = json.dumps(given.callbacks, default=lambda value: getattr(value, "as_dict", value.__str__)())
+        return found | {"callbacks": plain}
+
     def _logger(self) -> EventLogger:
         """TensorBoard's events, without those of a run that was not gone on with, or later than the checkpoint."""
         later: Any = {"purge_step": self._step + 1 if self._stored else 0}
@@ -219,6 +237,15 @@ class CommandLine(LightningCLI):
     claim = Claim()
     _stored: Mapping[str, Any] = MappingProxyType({})
     _step = 0
+    _resumes_own = False
+
+
+class NothingToDo(SystemExit):
+    """The run is finished."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(0)
+        self.why = why
 
 
 class InsteadOfTraining(CommandLine):
@@ -269,16 +296,22 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
-        return 2 if NOTICE.received is None else AGAIN  # a signal can break off what then looks like a wrong option
+        return (
+            2 if NOTICE.received is None else exit_code(NOTICE.received)
+        )  # a signal can break off what then looks like a wrong option
     except Exception as error:
         if os.environ.get("DFT_TRACEBACK") or (line := _line_of(error)) is None:
             raise
         print(f"dft: error: {line}", file=sys.stderr)
         return 2
+    except NothingToDo as done:
+        if (rank_zero_only.rank or 0) == 0:  # type: ignore[attr-defined]
+            print(done.why)
+        return 0
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
             print(f"dft: {leaving.why}: start the same command again", file=sys.stderr)
-        return AGAIN
+        return int(cast(int, leaving.code))
     finally:
         command_line.claim.release()
         command_line.lock.release()

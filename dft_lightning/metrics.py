@@ -57,6 +57,11 @@ def token_means(sums: Tensor) -> dict[str, Tensor]:
     }
 
 
+def mean_names() -> list[str]:
+    """Names of the means that are logged."""
+    return list(token_means(torch.zeros(len(_NAMES), dtype=torch.float64)))
+
+
 def units_of(sums: Tensor) -> Tensor:
     """The divisor of the optimizer step."""
     return sums[_NAMES.index("units")]

@@ -22,6 +22,7 @@ from dft_lightning.initial_model import Reference
 from dft_lightning.loading import ModelSource, Precision
 from dft_lightning.loss_terms import RouterOption, UnsupportedLosses, prepare_loss_terms
 from dft_lightning.models import LoRA
+from dft_lightning.monitors import check_monitors
 from dft_lightning.normalizer import Normalize
 from dft_lightning.old_policy import OldPolicy, window_of
 from dft_lightning.optimization import configured, papers_adamw, put_in_force
@@ -170,6 +171,8 @@ class FineTuner(WeightedModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         check_data_weights(self.weighting, data, stage)
         check_limits(self, data)
+        if stage == "fit":
+            check_monitors(self, data)
         if self.old_policy is not None:
             self.old_policy.forget()  # of an earlier fit; that of a checkpoint comes after this
         if stage == "fit" and self.compile_layers:

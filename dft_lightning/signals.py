@@ -14,18 +14,29 @@ from types import FrameType
 AGAIN = 85
 """Exit code of a run that was asked to leave: start the same command again, and it goes on."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: the run is saved just the same, but no launcher starts it again."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 APART = 5.0
 """Seconds; what comes sooner is the same wish: a scheduler signals all processes of a job, and torchrun hands it on."""
+
+PRESSED_AGAIN = 1.0
+"""The same for Ctrl-C, which a terminal sends to all processes, and torchrun hands on: a second one comes by hand."""
 
 
 class Preempted(SystemExit):
     """The run leaves because it was asked to."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(AGAIN)
+        super().__init__(exit_code(NOTICE.received))
         self.why = why
+
+
+def exit_code(received: str | None) -> int:
+    """Of a run that a signal of this name has ended."""
+    return INTERRUPTED if received == "SIGINT" else AGAIN
 
 
 class Notice:
@@ -56,10 +67,12 @@ class Notice:
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGINT] is signal.SIG_IGN:  # of a process in the background of a script
+            del before[signal.SIGINT]
         self.received, self.is_kept, self.is_importing = None, False, False
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        for number in SIGNALS:
+        for number in before:
             signal.signal(number, self._take)
         earlier = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=_leave_at_the_second, args=(self._pipe[0],), daemon=True, name="second-signal").start()
@@ -79,7 +92,7 @@ class Notice:
         why = f"{self.received} before any training"
         if self.is_importing:
             os.write(2, f"dft: {why}: start the same command again\n".encode())
-            os._exit(AGAIN)
+            os._exit(exit_code(self.received))
         raise Preempted(why)
 
     def _forget(self) -> None:
@@ -101,9 +114,12 @@ def _leave_at_the_second(pipe: int) -> None:
     first = None
     while numbers := os.read(pipe, 64):  # one byte a signal
         if any(number in SIGNALS for number in numbers):
+            pressed = signal.SIGINT in numbers
             first = first or time.monotonic()
-            if time.monotonic() - first > APART:
-                os._exit(AGAIN)
+            if time.monotonic() - first > (PRESSED_AGAIN if pressed else APART):
+                if pressed:
+                    os.write(2, b"dft: interrupted a second time: left at once, the last checkpoint stays\n")
+                os._exit(INTERRUPTED if pressed else AGAIN)
     os.close(pipe)
 
 

@@ -112,6 +112,8 @@ class Checkpoints(Checkpoint):
         self._leaving = LEAVE in wished and step < module.total_steps  # after the last one only the export is left
         last = _stops(trainer) or step == module.total_steps
         self._now = (self._due and not skipped.in_a_row) or last or self._leaving
+        if last and not _validates_now(trainer):
+            _validate_after_this_step(trainer)
         within = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self._owes_validation = self._leaving and within and not last and _validates_now(trainer)
         if self._now and (self._owes_validation or not _validates_now(trainer)):
@@ -232,6 +234,21 @@ def _validates_now(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
     return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
+
+
+def _validate_after_this_step(trainer: pl.Trainer) -> None:
+    """Let Lightning validate after the last step of a run too, where it would not: max_steps before a validation."""
+    loop = trainer.fit_loop.epoch_loop
+    if not trainer.enable_validation:
+        return
+    loop.val_loop.setup_data()
+    if sum(trainer.num_val_batches) > 0:
+
+        def due(fetcher: Any) -> bool:
+            return bool(trainer.global_step == step) or type(loop)._should_check_val_fx(loop, fetcher)
+
+        step = trainer.global_step
+        loop._should_check_val_fx = due  # type: ignore[method-assign, assignment]
 
 
 def _validate(trainer: pl.Trainer) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.signals import AGAIN, NOTICE, Preempted
+from dft_lightning.signals import NOTICE, Preempted, exit_code
 
 if TYPE_CHECKING:
     from dft_lightning.module import FineTuner
@@ -20,11 +20,13 @@ LEAVE = "save the last state, and leave: a signal has come"
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 all ranks finish the optimizer step, save `last.ckpt`, and leave with exit code 85.
+    """On SIGTERM, SIGUSR1 or Ctrl-C all ranks finish the optimizer step, save `last.ckpt`, and leave.
+
+    The exit code is 85, by which launchers start the command again, and after Ctrl-C 130.
 
     One rank's signal is enough: it is told to the others by the sum over ranks that each step takes anyway. A
-    validation that would follow the step is made up for when the run goes on. A second signal, some seconds later, ends
-    a rank at once.
+    validation that would follow the step is made up for when the run goes on. A second signal, some seconds later,
+    ends a rank at once, and so does a second Ctrl-C.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -67,7 +69,7 @@ def leave(trainer: pl.Trainer, when: str) -> None:
     trainer.strategy.barrier()
     rank_zero_info(
         f"Asked to leave by {NOTICE.received or 'a signal to another rank'}: left {when}. Start the same command "
-        f"again; the exit code is {AGAIN}"
+        f"again; the exit code is {exit_code(NOTICE.received)}"
     )
     raise Preempted(when)
 
