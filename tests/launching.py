@@ -1,6 +1,7 @@
 """Runs of `dft fit` by the launchers that users have: processes of their own, in a folder."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +43,9 @@ class Runs:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DFT_CACHE": str(self.cache)}
         with open(self.folder / f"{run}.log", "a") as log:
             return subprocess.Popen(
-                [*launcher, *options], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+                [*launcher, *options], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )  # fmt: skip  # Ctrl-C counts, also where these tests run in the background
 
     def whole(self, run: str, more: str = "", launcher: Sequence[str] = DFT) -> None:
         assert self.start(run, more, launcher).wait(LONG) == 0, self.log(run)

@@ -8,7 +8,7 @@ import time
 import pytest
 from launching import DDP, FSDP2, LONG, SOON, TORCHRUN, Runs, children_of
 
-from dft_lightning.signals import AGAIN
+from dft_lightning.signals import AGAIN, INTERRUPTED
 
 pytestmark = pytest.mark.slow
 #: Options of the three kinds of run: one process with data workers, two that have all of the model, two that share it.
@@ -55,13 +55,29 @@ def test_asked_to_leave_it_saves_and_goes_on_to_the_same_end(runs, kind, to_all)
     runs.assert_same(name, runs.truth(kind))
 
 
-def test_a_run_that_is_asked_while_it_starts_leaves_with_85_too(runs):
-    process = runs.start("early")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, AGAIN), (signal.SIGINT, INTERRUPTED)])
+def test_a_run_that_is_asked_while_it_starts_leaves_with_its_code_too(runs, number, code):
+    name = f"early-{code}"
+    process = runs.start(name)
     time.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(SOON) == AGAIN
-    assert "before any training: start the same command again" in runs.log("early")
-    assert not (runs.folder / "early" / "checkpoints" / "last.ckpt").exists()
+    process.send_signal(number)
+    assert process.wait(SOON) == code
+    assert "before any training: start the same command again" in runs.log(name)
+    assert "Traceback" not in runs.log(name)
+    assert not (runs.folder / name / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp"])
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(runs, kind):
+    """A terminal sends it to all processes."""
+    name = f"interrupted-{kind}"
+    process = at_work(runs, name, kind)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(SOON) == INTERRUPTED, runs.log(name)
+    assert runs.log(name).count("which is saved. Start the same command again; the exit code is 130") == 1
+    assert "Traceback" not in runs.log(name)
+    runs.whole(name, KINDS[kind])
+    runs.assert_same(name, runs.truth(kind))
 
 
 def until_others(process, ranks):

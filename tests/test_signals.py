@@ -8,16 +8,17 @@ import time
 
 import pytest
 
-from dft_lightning.signals import AGAIN, APART
+from dft_lightning.signals import AGAIN, APART, INTERRUPTED, PRESSED_AGAIN
 
 WATCH = "import os, signal, time, hashlib\nfrom dft_lightning.signals import NOTICE\n"
 # seconds of work that lets other threads run, and that no signal interrupts
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 
-def started(body: str, **more: int) -> subprocess.Popen:
+def started(body: str, **more) -> subprocess.Popen:
     """A process that says when it is ready."""
     lines = "\n    ".join(body.splitlines())
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     process = subprocess.Popen(
         [sys.executable, "-c", f"{WATCH}with NOTICE.watching():\n    {lines}"], stdout=-1, text=True, **more
     )
@@ -25,11 +26,11 @@ def started(body: str, **more: int) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_that_nobody_looks_at_ends_the_process_with_85(number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_a_signal_that_nobody_looks_at_ends_the_process_with_its_code(number, code):
     process = started("print('ready', flush=True)\ntime.sleep(60)")
     process.send_signal(number)
-    assert process.wait(30) == AGAIN == 85
+    assert process.wait(30) == code
 
 
 def test_while_libraries_are_imported_it_needs_no_exception_to_come_through():
@@ -63,6 +64,29 @@ def test_a_second_one_ends_the_process_at_once_even_where_python_runs_no_handler
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == AGAIN
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_process_at_once(first):
+    """But not what a launcher hands on of the first."""
+    process = started(f"NOTICE.is_kept = True\nprint('ready', flush=True)\n{BUSY}", stderr=subprocess.PIPE)
+    process.send_signal(first)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(PRESSED_AGAIN + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == INTERRUPTED
+    assert process.stderr.read() == "dft: interrupted a second time: left at once, the last checkpoint stays\n"
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so():
+    """Of a process that a script has put into the background."""
+    process = started("NOTICE.is_kept = True\nprint('ready', flush=True)\ntime.sleep(1)\nprint(NOTICE.received)",
+                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # fmt: skip
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == "None\n"
+    assert process.returncode == 0
 
 
 def test_afterwards_signals_do_what_they_did_before():
