@@ -296,9 +296,8 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         )
     except UserError as error:
         print(f"dft: error: {error}", file=sys.stderr)
-        return (
-            2 if NOTICE.received is None else exit_code(NOTICE.received)
-        )  # a signal can break off what then looks like a wrong option
+        # a signal can break off what then looks like a wrong option
+        return 2 if NOTICE.received is None else exit_code(NOTICE.received)
     except Exception as error:
         if os.environ.get("DFT_TRACEBACK") or (line := _line_of(error)) is None:
             raise
