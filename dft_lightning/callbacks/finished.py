@@ -45,7 +45,8 @@ class Finished(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What is trained further is not finished."""
-        if trainer.is_global_zero and _KEY in read(Path(trainer.default_root_dir)):
+        trial = getattr(trainer, "fast_dev_run", False)
+        if trainer.is_global_zero and not trial and read(Path(trainer.default_root_dir)).get(_KEY):
             update(Path(trainer.default_root_dir), **{_KEY: None})
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
