@@ -57,11 +57,11 @@ def main(args: Sequence[str] | None = None) -> int:
         meant = did_you_mean(given[0], _COMMANDS)
         print(f"dft: error: no command {given[0]!r}; there are {', '.join(_COMMANDS)}{meant}", file=sys.stderr)
         return 2
-    if own := _OWN.get(given[0]):
-        return int(import_module(own).main(given[1:]))
     if given[0] == "fit":
         return _fit(given)
     try:
+        if own := _OWN.get(given[0]):
+            return int(import_module(own).main(given[1:]))
         return int(import_module("dft_lightning.cli").main(given))
     except KeyboardInterrupt:
         print("dft: interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -464,6 +465,18 @@ class TestWhatCannotBe:
         call = lambda: dft("fit", "--model.weighting", "DFT", "--run_dir", "file/run")  # noqa: E731
         fails(call, capsys, "--run_dir file/run cannot be used", "choose another")
         assert Path("file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["plan", "diagnose", "demo", "validate", "predict"])
+def test_ctrl_c_is_one_line_in_every_command(command, monkeypatch, capsys):
+    """A fit has its own: see test_signals.py."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dft_lightning.__main__.import_module", lambda _: SimpleNamespace(main=interrupted))
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "dft: interrupted\n"
 
 
 class TestConfigs:
