@@ -153,6 +153,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run the survivors of an earlier call again, too")
     parser.add_argument("--report", action="store_true", help="only report what was run by earlier calls")
     given = parser.parse_args(args)
+    given.out = given.out.resolve()  # processes that run tests have another working folder
     mutants, rows = draw(given.count, given.seed, given.words), known(given.out)
     if not given.report:
         done = {name for name, row in rows.items() if not (given.again and row["result"] == "survived")}
