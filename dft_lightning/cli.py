@@ -60,8 +60,6 @@ from dft_lightning.signals import NOTICE, Preempted, exit_code
 from dft_lightning.trainer_names import refuse_names
 from dft_lightning.weighting.plugins import load_plugins
 
-#: Options of the trainer that decide when a fit ends, callbacks apart.
-LIMITS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches", "overfit_batches")
 #: Where we differ from Lightning, whose default is 1,000 epochs.
 _TRAINER = {
     "max_epochs": 1,
@@ -178,7 +176,7 @@ class CommandLine(LightningCLI):
             now = {"lora": now["lora"]}
         refuse(identity_by_options(self._stored), now, self.model.allow_changes)
         if self._resumes_own and not self.model.allow_changes and not getattr(self.trainer, "fast_dev_run", False):
-            done = finished(self.run_dir, self._step, self._limits)
+            done = finished(self.run_dir, self._step, self._options)
             if done is not None:
                 raise NothingToDo(done)
 
@@ -205,7 +203,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, logging into the run's folder."""
         given = self._get(self.config_init, "trainer")
-        fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption(), Finished(self._limits)]
+        fitting: list[pl.Callback] = [RunSummary(), Environment(), Preemption(), Finished(self._options)]
         own: list[pl.Callback] = [TokenScores()] if self.subcommand == "predict" else fitting
         if given["logger"] in (None, True):
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
@@ -221,12 +219,11 @@ class CommandLine(LightningCLI):
         return trainer
 
     @property
-    def _limits(self) -> dict[str, Any]:
-        """The options that decide when a fit ends, as plain data."""
-        given = self.config[self.subcommand].trainer
-        found = {name: str(given.get(name)) for name in LIMITS}
-        plain = json.dumps(given.callbacks, default=lambda value: getattr(value, "as_dict", value.__str__)())
-        return found | {"callbacks": plain}
+    def _options(self) -> dict[str, str]:
+        """The options of the command by their full names, without those that say how to start it."""
+        given = vars(self.config[self.subcommand].as_flat())
+        how = ("overwrite", "ckpt_path", "allow_changes", "config")
+        return {name: str(value) for name, value in given.items() if name not in how}
 
     def _logger(self) -> EventLogger:
         """TensorBoard's events, without those of a run that was not gone on with, or later than the checkpoint."""

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
@@ -27,11 +27,11 @@ class Finished(Callback):
     """After a fit that has ended by itself, its export included, the run's marker says so.
 
     Args:
-        limits: the options that decide when the run ends, as plain data; with other ones it is extended.
+        options: those of the command by their full names, as text; with others it is another command.
     """
 
-    def __init__(self, limits: dict[str, Any]) -> None:
-        self.limits = limits
+    def __init__(self, options: dict[str, str]) -> None:
+        self.options = options
         self._patience: dict[int, int] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -54,20 +54,25 @@ class Finished(Callback):
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         option, why = _reason(trainer, cast("FineTuner", pl_module))
-        facts = {"by": option, "why": why, "step": trainer.global_step, "time": time.time(), "limits": self.limits}
+        facts = {"by": option, "why": why, "step": trainer.global_step, "time": time.time(), "options": self.options}
         update(Path(trainer.default_root_dir), **{_KEY: facts})
 
 
-def finished(run_dir: Path, step: int, limits: dict[str, Any]) -> str | None:
-    """What to say of a run that has ended by itself, and that these options do not extend; None if they do.
+def finished(run_dir: Path, step: int, options: dict[str, str]) -> str | None:
+    """What to say of a run that has ended by itself, to the same command; None to another one.
+
+    Another one may extend the run, export it in another way, or is refused, as after any checkpoint.
 
     Args:
         run_dir: the run's folder.
         step: of its last checkpoint.
-        limits: as `Finished` was given.
+        options: as `Finished` was given; those that another version does not have make no difference.
     """
     facts = read(run_dir).get(_KEY)
-    if not isinstance(facts, dict) or (facts.get("step"), facts.get("limits")) != (step, limits):
+    if not isinstance(facts, dict) or facts.get("step") != step:
+        return None
+    before: dict[str, str] = facts.get("options", {})
+    if any(before.get(name, value) != value for name, value in options.items()):
         return None
     way = _WAYS.get(str(facts.get("by")), "change the callback that stopped it")
     return (

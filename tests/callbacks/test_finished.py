@@ -58,6 +58,14 @@ def test_what_may_have_changed_is_asked_for_and_not_finished(dft, capsys):  # no
     assert "is finished" not in capsys.readouterr().out
 
 
+def test_another_export_of_a_finished_run_is_made(dft):  # noqa: F811
+    lora = [*DFT, "--model.lora.rank", "2", "--trainer.max_steps", "1"]
+    assert dft("fit", *lora) == 0
+    assert not Path("run/export-merged").exists()
+    assert dft("fit", *lora, "--export.merge_lora", "true") == 0
+    assert Path("run/export-merged/model.safetensors").exists()
+
+
 def test_a_run_that_fails_after_its_training_is_not_finished(dft, monkeypatch):  # noqa: F811
     from dft_lightning.callbacks import Export
 
@@ -74,11 +82,18 @@ def test_a_run_that_fails_after_its_training_is_not_finished(dft, monkeypatch): 
 
 
 def test_a_note_of_another_checkpoint_counts_nothing(tmp_path):
-    facts = {"by": "max_steps", "why": "max_steps 3", "step": 3, "time": 0.0, "limits": {"max_steps": "3"}}
+    facts = {
+        "by": "max_steps",
+        "why": "max_steps 3",
+        "step": 3,
+        "time": 0.0,
+        "options": {"max_steps": "3", "of an earlier version": "1"},
+    }
     (tmp_path / ".dft-run.json").write_text(json.dumps({"finished": facts}))
     assert "max_steps 3" in finished(tmp_path, 3, {"max_steps": "3"})
     assert finished(tmp_path, 2, {"max_steps": "3"}) is None
     assert finished(tmp_path, 3, {"max_steps": "4"}) is None
+    assert "max_steps 3" in finished(tmp_path, 3, {"max_steps": "3", "of a later version": "1"})
 
 
 class TestValidationAtTheEnd:
