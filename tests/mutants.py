@@ -35,7 +35,7 @@ STEP = [
 STEP += ["tests/test_metrics.py"]
 #: Which files are mutated, and the tests that mirror them.
 MIRROR: dict[str, list[str]] = {
-    "weighting/*.py": ["tests/weighting/", "tests/logprob/test_targets.py"],
+    "weighting/*.py": ["tests/weighting/", "tests/logprob/test_targets.py", "tests/test_errors.py"],
     "logprob/*.py": ["tests/logprob/", "tests/test_models.py"],
     "normalizer.py": STEP,
     "step.py": STEP,
