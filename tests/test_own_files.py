@@ -280,6 +280,20 @@ def test_predict_replaces_its_own_parts_alone(dft):
     assert sorted(os.listdir("run/predictions")) == ["analysis.csv", "part-00000.parquet"]
 
 
+def test_a_predict_that_fails_leaves_the_earlier_scores(dft, monkeypatch):
+    assert dft("predict") == 0
+    part = Path("run/predictions/part-00000.parquet")
+    before = part.read_bytes()
+
+    def fail(*_):
+        raise RuntimeError("no scores")
+
+    monkeypatch.setattr("dft_lightning.callbacks.token_scores._columns", fail)
+    with pytest.raises(RuntimeError, match="no scores"):
+        dft("predict")
+    assert part.read_bytes() == before
+
+
 class TestReplacing:
     def test_files_of_others_stay_and_give_way_where_a_name_is_taken(self, tmp_path):
         new, folder = tmp_path / "new", tmp_path / "export"
