@@ -302,7 +302,7 @@ def run(command_line: type[CommandLine], args: Sequence[str] | None) -> int:
         return 2
     except NothingToDo as done:
         if (rank_zero_only.rank or 0) == 0:  # type: ignore[attr-defined]
-            print(done.why)
+            print(printable(done.why))
         return 0
     except Preempted as leaving:
         if not NOTICE.is_kept:  # else the first rank has said it
