@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and text made fit to be shown."""
+"""The error for input that the user has to change, and text made safe to print."""
 
 
 def printable(text: object) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: Of a step, next to the means over its tokens.
 _OF_STEPS = ("lr", "grad_norm", "skipped_steps", "router_loss")
 #: Prefixes of names that depend on other options, or come from Lightning's own callbacks.
-_OTHERS = ("throughput/", "lr-", "lr")
+_OTHERS = ("throughput/", "lr")
 
 
 def logged() -> list[str]:

@@ -100,7 +100,8 @@ class Notice:
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # Ctrl-C stays ignored in the background
+                    signal.signal(number, signal.SIG_DFL)
             for end in self._pipe:
                 os.close(end)
             self._pipe = None

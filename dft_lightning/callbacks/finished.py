@@ -42,6 +42,7 @@ class Finished(Callback):
         """The patience that is asked for is in force; a run that is extended has not been stopped."""
         for callback in _early(trainer):
             callback.patience, callback.stopped_epoch = self._patience[id(callback)], 0
+            callback.stopping_reason_message = None  # of the end before the run was extended
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What is trained further is not finished."""
