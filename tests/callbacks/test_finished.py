@@ -61,6 +61,20 @@ def test_what_may_have_changed_is_asked_for_and_not_finished(dft, capsys):  # no
     assert "is finished" not in capsys.readouterr().out
 
 
+def test_the_reason_is_that_of_the_last_end(dft, capsys):  # noqa: F811
+    Path("stops.py").write_text(
+        "from lightning.pytorch import Callback\nclass Stop(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n        trainer.should_stop = True\n"
+    )
+    assert dft("fit", *DFT, *LONG, *STOP, "1") == 0
+    assert read(Path("run"))["finished"]["by"] == "EarlyStopping"
+    again = [*DFT, *LONG, *STOP, "50", "--trainer.callbacks+=stops.Stop"]
+    assert dft("fit", *again) == 0
+    capsys.readouterr()
+    assert dft("fit", *again) == 0
+    assert "by a callback" in " ".join(capsys.readouterr().out.split())
+
+
 def test_another_export_of_a_finished_run_is_made(dft):  # noqa: F811
     lora = [*DFT, "--model.lora.rank", "2", "--trainer.max_steps", "1"]
     assert dft("fit", *lora) == 0
